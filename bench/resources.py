@@ -1,0 +1,188 @@
+"""What each kernel costs a GPU, read from the compiled code: no GPU needed.
+
+    python -m bench.resources [--arch sm_90 ...] [--kernel NAME ...] [--full] [--json FILE]
+
+Compiles ahead of time what :mod:`bench.cases` enumerates and prints registers, spills, shared
+memory and the number of 128-bit global accesses among all. ``--full`` is a matter of hours:
+narrow it down.
+
+The exit status is 1 where a case spills, needs too much shared memory, reads or writes narrowly
+what could go 128 bits at a time, or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from nicefast.kernels import INTERPRETED
+
+from .cases import KERNELS, TARGETS, Case, cases, jit_function
+
+KIB = 1024
+SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+SASS_EVERY = 16  # disassembling takes longer than compiling: every 16th case, and what spills
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler made of a case; every count in ``spills`` should be 0."""
+
+    registers: int = 0
+    spills: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
+    loads: int = 0
+    stores: int = 0
+    wide_loads: int = 0
+    wide_stores: int = 0
+    sass: dict[str, int] | None = None  # the four counts in machine code, where it was read
+    error: str = ""
+
+
+def problems(case: Case, r: Resources) -> list[str]:
+    """What is wrong with the compiled case, in words; empty where nothing is."""
+    if r.error:
+        return [f"does not compile: {r.error}"]
+    found = []
+    if any(r.spills.values()):
+        found.append("spills: " + ", ".join(f"{k} = {v}" for k, v in r.spills.items()))
+    if r.shared > SHARED_LIMIT[case.arch]:
+        found.append(f"shared memory: {r.shared} B of {SHARED_LIMIT[case.arch]} B")
+    for what in ("loads", "stores"):
+        least, got = getattr(case, f"wide_{what}"), getattr(r, f"wide_{what}")
+        if got < least:
+            found.append(f"narrow {what}: {got} of 128 bits, at least {least} expected")
+    if r.sass and any(r.sass[k] < getattr(r, k) for k in ("wide_loads", "wide_stores")):
+        found.append(f"machine code narrower than its assembly: {r.sass}")
+    return found
+
+
+def compile_case(case: Case, disassemble: bool = False) -> Resources:
+    """Compile ahead of time and read the result. A failure is reported, not raised."""
+    attrs = {(i,): [list(pair) for pair in pairs] for i, pairs in case.attrs}
+    source = ASTSource(
+        jit_function(case.kernel), dict(case.signature), dict(case.constexprs), attrs
+    )
+    try:
+        compiled = triton.compile(source, target=TARGETS[case.arch], options=dict(case.options))
+    except Exception as e:  # whatever a compiler may raise
+        return Resources(error=f"{type(e).__name__}: {e}")
+    read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
+    return read(compiled.asm, compiled.metadata.shared, disassemble)
+
+
+def _read_amd(asm: dict[str, str], shared: int, disassemble: bool) -> Resources:
+    text = asm["amdgcn"]
+    used = {k: int(v) for k, v in re.findall(r"\.(\w+_(?:count|size)):\s*(\d+)", text)}
+    spills = {
+        "vgpr": used["vgpr_spill_count"],
+        "sgpr": used["sgpr_spill_count"],
+        "scratch": used["private_segment_fixed_size"],
+    }
+    found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", text)
+    counts = _count((kind, size.endswith("dwordx4")) for kind, size in found)
+    return Resources(used["vgpr_count"], spills, shared, **counts)
+
+
+def _read_nvidia(asm: dict[str, bytes], shared: int, disassemble: bool) -> Resources:
+    kinds, sass = {"ld": "load", "st": "store", "LD": "load", "ST": "store"}, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _run("cuobjdump", "-res-usage", file.name))
+        spills = {k: int(v) for k, v in usage}
+        registers = spills.pop("REG")
+        if disassemble or any(spills.values()):
+            text = _run("nvdisasm", "-c", "-ndf", file.name)
+            local = Counter(re.findall(r"\b(LDL|STL)\b", text))
+            spills |= {"LDL": local["LDL"], "STL": local["STL"]}
+            found = re.findall(r"\b(LD|ST)G\b([.\w]*)", text)
+            sass = _count(
+                (kinds[kind], bool(re.search(r"\.(128|256)\b", size))) for kind, size in found
+            )
+    # ptxas keeps the widths it is given, and its input is read at no cost
+    found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b", str(asm["ptx"]))
+    counts = _count((kinds[k], int(vector or 1) * int(bits) >= 128) for k, vector, bits in found)
+    return Resources(registers, spills, shared, **counts, sass=sass)
+
+
+def _count(accesses: Iterable[tuple[str, bool]]) -> dict[str, Any]:
+    seen = Counter(accesses)
+    return {
+        "loads": seen["load", True] + seen["load", False],
+        "stores": seen["store", True] + seen["store", False],
+        "wide_loads": seen["load", True],
+        "wide_stores": seen["store", True],
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    command = [getattr(triton.knobs.nvidia, tool).path, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(todo: list[Case], jobs: int = 2) -> Iterator[tuple[Case, Resources]]:
+    """Compile in ``jobs`` processes, in order, saying on stderr how far it is."""
+    start = time.monotonic()
+    disassemble = [i % SASS_EVERY == 0 for i in range(len(todo))]
+    # not fork: PyTorch has threads
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        results = pool.map(compile_case, todo, disassemble, chunksize=4)
+        for done, (case, resources) in enumerate(zip(todo, results, strict=True), 1):
+            if done % 100 == 0 or done == len(todo):
+                elapsed = time.monotonic() - start
+                print(f"{done} of {len(todo)} compiled, {elapsed:.0f} s", file=sys.stderr)
+            yield case, resources
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--full", action="store_true", help="the full product: hours")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--json", type=Path, help="also write names and resources to this file")
+    options = parser.parse_args()
+    if INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    # Triton 3.9 fuses where this is unset, and warns: spell the default out
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    rows, bad = [], []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        todo = list(cases(options.full, options.arch, options.kernel))
+        print("regs spill shared  loads 128/all  stores 128/all  case")
+        for case, r in compile_all(todo, options.jobs):
+            print(
+                f"{r.registers:4} {max(r.spills.values(), default=0):5} {r.shared:6}"
+                f" {r.wide_loads:9}/{r.loads:<3} {r.wide_stores:11}/{r.stores:<3}  {case.name}"
+            )
+            rows.append((case, r))
+            bad += [f"PROBLEM {case.name}: {problem}" for problem in problems(case, r)]
+    if options.json:
+        results = [{"name": case.name, **asdict(r)} for case, r in rows]
+        options.json.write_text(json.dumps(results, indent=1))
+    print(*bad, sep="\n")
+    most = max((r.registers for _, r in rows), default=0)
+    print(f"{len(rows)} cases, {len(bad)} problems, at most {most} registers")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,26 @@
+"""What every launcher does around a launch."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Make ``x``'s GPU current: a thread of the backward pass may stand on another one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def is_dense(x: Tensor) -> bool:
+    """Rows follow each other without a gap, so that the row stride is a compile-time constant."""
+    return x.stride(1) == 1 and x.stride(0) == x.shape[1]
+
+
+def accumulator(*tensors: Tensor) -> tl.dtype:
+    """float64 where an input is float64, else float32."""
+    return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
+
+
+def torch_dtype(acc: tl.dtype) -> torch.dtype:
+    return torch.float64 if acc == tl.float64 else torch.float32

@@ -1,0 +1,66 @@
+"""The priors' formulas inside kernels: log-density, its derivative, and noise.
+
+    logistic  log p(z) = -|z| - 2 log(1 + exp(-|z|))     d/dz = -tanh(z / 2)
+    normal    log p(z) = -z^2 / 2 - log(2 pi) / 2         d/dz = -z
+
+Both are finite wherever z is, and NaN where z is NaN.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def prior_log_prob(b_z, PRIOR: tl.constexpr):
+    if PRIOR == "logistic":
+        b_a = tl.abs(b_z)
+        b_lp = -b_a - 2.0 * tl.log(1.0 + tl.exp(-b_a))
+    else:
+        tl.static_assert(PRIOR == "normal")
+        b_lp = -0.5 * b_z * b_z - 0.9189385332046727
+    return b_lp
+
+
+@triton.jit
+def prior_score(b_z, PRIOR: tl.constexpr):
+    """d log p(z) / dz."""
+    if PRIOR == "logistic":
+        b_e = tl.exp(-tl.abs(b_z))
+        b_t = (1.0 - b_e) / (1.0 + b_e)  # tanh(|z| / 2), never inf / inf
+        b_score = tl.where(b_z > 0, -b_t, b_t)
+    else:
+        tl.static_assert(PRIOR == "normal")
+        b_score = -b_z
+    return b_score
+
+
+@triton.jit
+def _unit(b_high, b_low, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """(k + 1/2) * SCALE for the integer k = b_high, with b_low as its fraction in float64."""
+    if ACC == tl.float64:
+        b_fraction = (b_low.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
+        b_u = (b_high.to(tl.float64) + b_fraction) * SCALE
+    else:
+        b_u = (b_high.to(tl.float32) + 0.5) * SCALE
+    return b_u
+
+
+@triton.jit
+def logistic_noise(b_high, b_low, ACC: tl.constexpr):
+    """One standard logistic number from 32 (float64: 64) random bits, never infinite.
+
+    The top bit is the sign; the others are w = P(|Z| > t) = 2 / (1 + e^t), so t = log((2 - w) / w):
+    relative precision is kept where w is small, that is in both tails.
+    """
+    b_w = _unit(b_high & 0x7FFFFFFF, b_low, 4.656612873077393e-10, ACC)  # 2^-31
+    b_t = tl.log((2.0 - b_w) / b_w)
+    return tl.where((b_high >> 31) != 0, -b_t, b_t)
+
+
+@triton.jit
+def normal_noise(b_high_r, b_low_r, b_high_a, b_low_a, ACC: tl.constexpr):
+    """Two independent standard normal numbers (Box-Muller)."""
+    b_u = _unit(b_high_r, b_low_r, 2.3283064365386963e-10, ACC)  # in (0, 1]
+    b_angle = 6.283185307179586 * _unit(b_high_a, b_low_a, 2.3283064365386963e-10, ACC)
+    b_radius = tl.sqrt(-2.0 * tl.log(b_u))
+    return b_radius * tl.cos(b_angle), b_radius * tl.sin(b_angle)

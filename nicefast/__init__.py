@@ -1,0 +1,25 @@
+"""nicefast: a fast engine for NICE flows (Dinh, Krueger and Bengio 2014, arXiv 1410.8516)."""
+
+from . import functional, priors, reference
+from ._version import __version__
+from .backend import get_backend, set_backend
+from .checkpoint import load, save
+from .flow import NICE
+from .layers import MLP, AdditiveCoupling, Scaling
+from .partition import Partition
+
+__all__ = [
+    "MLP",
+    "NICE",
+    "AdditiveCoupling",
+    "Partition",
+    "Scaling",
+    "__version__",
+    "functional",
+    "get_backend",
+    "load",
+    "priors",
+    "reference",
+    "save",
+    "set_backend",
+]

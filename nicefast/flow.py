@@ -1,0 +1,360 @@
+"""NICE: couplings, then a scaling, then a factorised prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from . import backend, priors
+from . import functional as F  # noqa: N812
+from .distributions import FlowDistribution, FlowTransform
+from .layers import MLP, AdditiveCoupling, Scaling
+from .partition import Partition, partition_chain
+from .reference import at_least_float32, check_prior
+
+
+class NICE(nn.Module):
+    """NICE: ``z = exp(log_scale) * (f_L o ... o f_1)(x)`` with additive couplings f_l.
+
+    ``log p(x) = sum_d log p(z_d) + sum_d log_scale_d``, exact, in nats (Dinh et al. 2014,
+    equation 1 and section 3). The defaults are the paper's network for MNIST (section 5.1). A
+    fresh flow is close to the identity: log_scale = 0, and each conditioner's last layer is small.
+
+    Args:
+        features: D, or an event shape such as (1, 28, 28), flattened row by row inside.
+        hidden: widths of each conditioner's hidden layers.
+        couplings: how many.
+        prior: ``"logistic"`` or ``"normal"``.
+        partition: ``"half"``, ``"alternating"``, ``"checkerboard"`` (event shapes (H, W) and
+            (C, H, W)) or ``"random"`` (seed 0); a Partition p, then p, ~p, p, ... are used in
+            turn, as they are for a name; or one Partition for each coupling.
+        activation: of the conditioners, see :class:`nicefast.MLP`.
+        context: features of the context, 0 for none.
+
+    Attributes:
+        couplings: ModuleList of :class:`nicefast.AdditiveCoupling`; each ``.conditioner`` may be
+            replaced by any module of the same inputs and outputs.
+        scaling: :class:`nicefast.Scaling`.
+        prior: the prior as a torch distribution of one latent feature.
+        event_shape: shape of one x.
+
+    Shapes: x (..., \\*event_shape), context (..., K) with leading dimensions that broadcast to
+    those of x; z like x, log_det and log_prob (...). Narrower inputs than float32 run as float32.
+    NaN in an x gives NaN for that x and no other.
+
+    Raises:
+        TypeError: integer x (dequantise first), or an argument of a wrong kind.
+        ValueError: wrong shapes, unknown names, missing or unexpected context, mixed devices,
+            non-finite log_scale (on the CPU).
+
+    >>> import torch, nicefast as nf
+    >>> flow = nf.NICE(4, hidden=(16,), couplings=3)
+    >>> x = torch.randn(5, 4)
+    >>> z, log_det = flow(x)
+    >>> torch.allclose(flow.log_prob(x), flow.prior.log_prob(z).sum(-1) + log_det, atol=1e-4)
+    True
+    >>> flow.sample(2).shape
+    torch.Size([2, 4])
+    """
+
+    couplings: nn.ModuleList
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        hidden: Sequence[int] = (1000,) * 5,
+        couplings: int = 4,
+        prior: str = "logistic",
+        partition: str | Partition | Sequence[Partition] = "alternating",
+        activation: str = "relu",
+        context: int = 0,
+    ) -> None:
+        super().__init__()
+        self.event_shape = _event_shape(features)
+        self.features = math.prod(self.event_shape)
+        self.context = context
+        self.prior_name = check_prior(prior)
+        if isinstance(couplings, bool) or not isinstance(couplings, int) or couplings < 1:
+            raise ValueError(f"couplings must be an integer >= 1, got {couplings!r}")
+        partitions = partition_chain(partition, self.event_shape, couplings)
+        hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        self.couplings = nn.ModuleList(
+            AdditiveCoupling(
+                p, MLP(len(p.conditioning), hidden, len(p.shifted), activation, context)
+            )
+            for p in partitions
+        )
+        for coupling in self._couplings():
+            last = cast("nn.Linear", cast("MLP", coupling.conditioner).linears[-1])
+            nn.init.uniform_(last.weight, -0.01, 0.01)  # as the original: near the identity
+            nn.init.zeros_(last.bias)
+        self.scaling = Scaling(self.features)
+        #: what __init__ was called with, as plain values: what a saved file rebuilds the flow from
+        self.configuration: dict[str, Any] = {
+            "features": list(self.event_shape),
+            "hidden": list(hidden),
+            "couplings": couplings,
+            "prior": prior,
+            "partition": partition
+            if isinstance(partition, str)
+            else [p.mask.int().tolist() for p in partitions],
+            "activation": activation,
+            "context": context,
+        }
+
+    @property
+    def prior(self) -> Distribution:
+        log_scale = self.scaling.log_scale
+        return priors.standard(
+            self.prior_name, dtype=at_least_float32(log_scale.dtype), device=log_scale.device
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to latent: ``(z, log_det)``."""
+        h, c = self._rows("x", x, context)
+        for coupling in self._couplings():
+            h, _ = coupling(h, c)
+        z, _ = self.scaling(h)
+        return z.view(x.shape), self.log_det(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
+        h, c = self._rows("z", z, context)
+        h, _ = self.scaling.inverse(h)
+        for coupling in reversed(self._couplings()):
+            h, _ = coupling.inverse(h, c)
+        return h.view(z.shape), -self.log_det(z)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Exact log-density of each x, in nats; float32 or wider."""
+        h, c = self._rows("x", x, context)
+        for coupling in self._couplings():
+            h, _ = coupling(h, c)
+        log_prob = F.scale_log_prob(h, self.scaling.log_scale, self.prior_name)
+        return log_prob.view(self._batch_shape(x))
+
+    def log_det(self, x: Tensor) -> Tensor:
+        """Log-determinant of forward, ``sum(log_scale)``: the same for every x, (...)."""
+        return (
+            self.scaling.log_scale.to(at_least_float32(x.dtype, self.dtype))
+            .sum()
+            .expand(self._batch_shape(x))
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """``n`` draws: (n, \\*event_shape), or (..., n, \\*event_shape) for a context (..., K).
+
+        The seed is drawn from ``generator`` (by default torch's own); the same seed draws the same
+        noise whatever ``batch_size``, the number of rows computed at a time, is.
+        """
+        _check_count("n", n, 0)
+        batch, c = self._sample_context(n, context)
+        total = math.prod(batch)
+        _check_count("batch_size", 1 if batch_size is None else batch_size, 1)
+        step = batch_size or max(total, 1)
+        seed = F.draw_seed(generator)
+        log_scale = self.scaling.log_scale
+        out = torch.empty(total, self.features, dtype=self.dtype, device=log_scale.device)
+        for start in range(0, total, step):
+            rows = out[start : start + step]
+            rows.copy_(self._noise(len(rows), seed, start))
+            chunk = _repeat(c, n, start, start + len(rows))
+            for coupling in reversed(self._couplings()):
+                coupling.inverse_(rows, chunk)
+        return out.view(*batch, *self.event_shape)
+
+    def sample_and_log_prob(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``(x, log_prob)`` of ``n`` draws in one pass, with gradients; shapes as for sample."""
+        _check_count("n", n, 0)
+        batch, c = self._sample_context(n, context)
+        h = self._noise(math.prod(batch), F.draw_seed(generator), 0)
+        log_prob = F.scale_log_prob(h, self.scaling.log_scale, self.prior_name)
+        x = self._to_data(h, _repeat(c, n, 0, len(h)))
+        return x.view(*batch, *self.event_shape), log_prob.view(batch)
+
+    def sample_like(self, batch: torch.Size, context: Tensor | None) -> Tensor:
+        """One draw for each entry of ``batch`` (context (\\*batch, K)), with gradients."""
+        h = self._noise(math.prod(batch), F.draw_seed(), 0)
+        c = None if context is None else context.reshape(-1, self.context)
+        return self._to_data(h, c).view(*batch, *self.event_shape)
+
+    def distribution(self, context: Tensor | None = None) -> FlowDistribution:
+        """The flow as a ``torch.distributions.Distribution``; batch shape that of the context.
+
+        >>> import torch, nicefast as nf
+        >>> d = nf.NICE((1, 4, 4), hidden=(8,)).distribution()
+        >>> d.rsample((2, 3)).shape, d.log_prob(torch.zeros(5, 1, 4, 4)).shape
+        (torch.Size([2, 3, 1, 4, 4]), torch.Size([5]))
+        """
+        return FlowDistribution(self, context)
+
+    def transform(self, context: Tensor | None = None) -> FlowTransform:
+        """The flow as a ``torch.distributions.Transform`` from data to latent; ``.inv`` goes back.
+
+        >>> import torch, nicefast as nf
+        >>> flow = nf.NICE(2, hidden=(8,), prior="normal")
+        >>> base = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        >>> d = torch.distributions.TransformedDistribution(base, flow.transform().inv)
+        >>> torch.allclose(d.log_prob(torch.ones(3, 2)), flow.log_prob(torch.ones(3, 2)))
+        True
+        """
+        return FlowTransform(self, context)
+
+    def explain(self) -> str:
+        """Which path a call takes on the model's device, and why.
+
+        >>> import nicefast as nf
+        >>> print(nf.NICE(4, hidden=(8,)).explain().splitlines()[0])
+        layer by layer: 4 couplings, then scaling + prior in one pass
+        """
+        device = self.scaling.log_scale.device
+        if backend.uses_kernels(device):
+            how = f"Triton kernels on {device}"
+        else:
+            reason = backend.why_not_kernels(device)
+            if backend.get_backend() == "reference":
+                reason = "backend 'reference' was asked for"
+            elif reason is None:
+                reason = "backend 'auto' takes kernels on a GPU only"
+            how = f"plain PyTorch on {device} ({reason})"
+        return "\n".join(
+            (
+                f"layer by layer: {len(self.couplings)} couplings, "
+                "then scaling + prior in one pass",
+                f"element-wise operations: {how}",
+                f"products: PyTorch, {self.dtype}, float32 matmul precision "
+                f"'{torch.get_float32_matmul_precision()}'; accumulated in at least float32",
+            )
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of samples: that of the parameters, at least float32."""
+        return at_least_float32(self.scaling.log_scale.dtype)
+
+    def check_context(self, context: Tensor | None) -> None:
+        """TypeError or ValueError for a context that this flow does not take."""
+        if context is None:
+            if self.context:
+                raise ValueError(
+                    f"context must be given: the flow takes {self.context} context features"
+                )
+            return
+        if not isinstance(context, Tensor) or not context.dtype.is_floating_point:
+            kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
+            raise TypeError(f"context must be a floating-point tensor, got {kind}")
+        if context.ndim < 1 or context.shape[-1] != self.context or not self.context:
+            raise ValueError(
+                f"context must have {self.context} features in its last dimension, "
+                f"got shape {tuple(context.shape)}"
+                if self.context
+                else f"context was given ({tuple(context.shape)}) to a flow without context"
+            )
+        if context.device != self.scaling.log_scale.device:
+            raise ValueError(
+                f"context must be on {self.scaling.log_scale.device}, where the flow is, "
+                f"got {context.device}"
+            )
+
+    def _couplings(self) -> list[AdditiveCoupling]:
+        return cast("list[AdditiveCoupling]", list(self.couplings))
+
+    def _batch_shape(self, x: Tensor) -> torch.Size:
+        return x.shape[: x.ndim - len(self.event_shape)]
+
+    def _rows(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x as (N, D) and the context as (N, K), checked, in at least float32."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(
+                f"{name} must be floating point, got {x.dtype}: convert it first, "
+                f"and dequantise integer levels by adding noise"
+            )
+        if tuple(x.shape[x.ndim - len(self.event_shape) :]) != tuple(self.event_shape):
+            shape = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"{name} must have shape (..., {shape}), got {tuple(x.shape)}")
+        if x.device != self.scaling.log_scale.device:
+            raise ValueError(
+                f"{name} must be on {self.scaling.log_scale.device}, where the flow is, "
+                f"got {x.device}"
+            )
+        self.check_context(context)
+        batch = self._batch_shape(x)
+        rows = x.reshape(batch.numel(), self.features).to(at_least_float32(x.dtype))
+        if context is None:
+            return rows, None
+        try:
+            context = context.expand(*batch, self.context)
+        except RuntimeError:
+            raise ValueError(
+                f"context must have leading dimensions that broadcast to those of {name}, "
+                f"{tuple(batch)}, got shape {tuple(context.shape)}"
+            ) from None
+        return rows, context.reshape(batch.numel(), self.context)
+
+    def _noise(self, n: int, seed: int, row_offset: int) -> Tensor:
+        return F.sample_prior(
+            self.scaling.log_scale,
+            n,
+            self.prior_name,
+            seed=seed,
+            row_offset=row_offset,
+            dtype=self.dtype,
+        )
+
+    def _to_data(self, h: Tensor, context: Tensor | None) -> Tensor:
+        for coupling in reversed(self._couplings()):
+            h, _ = coupling.inverse(h, context)
+        return h
+
+    def _sample_context(
+        self, n: int, context: Tensor | None
+    ) -> tuple[tuple[int, ...], Tensor | None]:
+        self.check_context(context)
+        if context is None:
+            return (n,), None
+        return (*context.shape[:-1], n), context.reshape(-1, self.context)
+
+    def extra_repr(self) -> str:
+        return f"event_shape={tuple(self.event_shape)}, prior={self.prior_name}"
+
+
+def _repeat(context: Tensor | None, n: int, start: int, stop: int) -> Tensor | None:
+    """Rows ``start`` to ``stop`` of the context with each row repeated ``n`` times."""
+    if context is None:
+        return None
+    return context[torch.arange(start, stop, device=context.device) // max(n, 1)]
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _event_shape(features: int | Sequence[int]) -> torch.Size:
+    shape = (features,) if isinstance(features, int) else tuple(features)
+    if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in shape):
+        raise ValueError(
+            f"features must be an integer or an event shape of integers >= 1, got {features!r}"
+        )
+    if math.prod(shape) < 2:
+        raise ValueError(f"features must be at least 2 in all, got {features!r}")
+    return torch.Size(shape)

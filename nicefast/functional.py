@@ -1,0 +1,323 @@
+"""One function for each operation: what layers call and what users call.
+
+Each checks its arguments, flattens leading dimensions to one (a view wherever the strides allow)
+and hands over to the operation. What they compute is defined, name for name, in
+:mod:`nicefast.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, overload
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .ops import Features
+from .reference import check_prior
+
+
+class Split(Protocol):
+    """What an operation asks of a :class:`nicefast.Partition`, which lives one floor up."""
+
+    @property
+    def features(self) -> int: ...
+
+    def locate(self, device: torch.device, conditioning: bool = False) -> Features: ...
+
+
+def additive_coupling(
+    x: Tensor,
+    shift: Tensor,
+    partition: Split,
+    inverse: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Additive coupling: ``y1 = x1``, ``y2 = x2 + shift + bias`` (inverse: ``x2 - shift - bias``).
+
+    The Jacobian is triangular with unit diagonal, so log |det| = 0 (Dinh et al. 2014, section 3.2).
+
+    Args:
+        x: (..., D), floating point, any strides.
+        shift: (..., S), one value for each shifted feature, in ``partition.shifted`` order; the
+            same leading dimensions as ``x``, or broadcastable to them.
+        partition: which features are shifted.
+        inverse: subtract instead of add.
+        bias: (S,), added to the shift in the same pass.
+
+    Returns:
+        y, shaped like ``x``, contiguous; of ``x``'s dtype, or of a wider one of shift or bias.
+
+    Raises:
+        TypeError: an argument that is no tensor (partition: no Partition), or an integer dtype.
+        ValueError: shapes or devices that do not fit.
+
+    >>> import torch, nicefast as nf
+    >>> p = nf.Partition.alternating(4)
+    >>> nf.functional.additive_coupling(torch.zeros(1, 4), torch.tensor([[1.0, 2.0]]), p)
+    tensor([[0., 1., 0., 2.]])
+    """
+    x, shift = _check_coupling(x, shift, partition, bias)
+    dtype = torch.promote_types(x.dtype, shift.dtype)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+    f = partition.locate(x.device)
+    y = autograd.AdditiveCoupling.apply(
+        _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
+    )
+    return y.view(x.shape)
+
+
+def additive_coupling_(
+    x: Tensor,
+    shift: Tensor,
+    partition: Split,
+    inverse: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`additive_coupling` written over ``x``: only the shifted features are touched.
+
+    For inference: no gradient is recorded, so it raises ValueError where one would have to be, and
+    where ``x`` cannot be seen as rows without a copy; TypeError where shift or bias is wider than
+    ``x``. Otherwise as :func:`additive_coupling`. Returns ``x``.
+
+    >>> import torch, nicefast as nf
+    >>> x = torch.zeros(2)
+    >>> _ = nf.functional.additive_coupling_(x, torch.ones(1), nf.Partition.half(2)); x
+    tensor([0., 1.])
+    """
+    given = x
+    x, shift = _check_coupling(x, shift, partition, bias)
+    tensors = [t for t in (x, shift, bias) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            "additive_coupling_ writes over x and records no gradient: call it under "
+            "torch.no_grad(), or use additive_coupling"
+        )
+    for name, t in (("shift", shift), ("bias", bias)):
+        if t is not None and torch.promote_types(x.dtype, t.dtype) != x.dtype:
+            raise TypeError(
+                f"{name} must not be wider than x, which is written in place: "
+                f"got {t.dtype} for an x of {x.dtype}"
+            )
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"x must not be expanded, since it is written in place; got strides {x.stride()}"
+        )
+    try:
+        rows = x.view(-1, x.shape[-1]) if x.numel() else x.reshape(-1, x.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"x must be viewable as rows of features to be written in place; "
+            f"got shape {tuple(x.shape)} with strides {x.stride()}"
+        ) from None
+    f = partition.locate(x.device)
+    torch.ops.nicefast.additive_coupling_(
+        rows, _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
+    )
+    return given
+
+
+def split_features(x: Tensor, partition: Split) -> tuple[Tensor, Tensor]:
+    """``(x, x1)``: ``x`` and its conditioning features x1 = x[..., conditioning].
+
+    Use the x that comes back in the coupling: its gradient and that of x1 are then joined in one
+    pass. x1 (..., C) is a view where the conditioning features lie side by side. Errors as in
+    :func:`additive_coupling`.
+
+    >>> import torch, nicefast as nf
+    >>> nf.functional.split_features(torch.arange(4.0), nf.Partition.alternating(4))[1]
+    tensor([0., 2.])
+    """
+    _check_features("x", x, partition)
+    f = partition.locate(x.device, conditioning=True)
+    same, x1 = autograd.SplitFeatures.apply(_rows(x), f.slots, f.indices, f.start, f.step, f.size)
+    if x.ndim != 2:
+        same, x1 = same.view(x.shape), x1.reshape(*x.shape[:-1], f.size)
+    return same, x1
+
+
+@overload
+def scale_log_prob(
+    h: Tensor, log_scale: Tensor, prior: str = ..., return_z: Literal[False] = ...
+) -> Tensor: ...
+
+
+@overload
+def scale_log_prob(
+    h: Tensor, log_scale: Tensor, prior: str, return_z: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def scale_log_prob(
+    h: Tensor, log_scale: Tensor, prior: str = ..., *, return_z: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def scale_log_prob(
+    h: Tensor, log_scale: Tensor, prior: str = "logistic", return_z: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaling, prior log-density and log-determinant, summed over features in one pass.
+
+    ``z = exp(log_scale) * h``; ``log_prob = sum_d log p(z_d) + sum_d log_scale_d``, in nats
+    (Dinh et al. 2014, equation 1 with section 3.3).
+
+    Args:
+        h: (..., D), floating point, any strides.
+        log_scale: (D,), finite. On the CPU a non-finite entry is an error; on a GPU, where looking
+            would wait for the device, it makes every log_prob infinite or NaN.
+        prior: ``"logistic"`` or ``"normal"``.
+        return_z: also return z, shaped like ``h``.
+
+    Returns:
+        log_prob (...), float32 or wider, or ``(z, log_prob)``. NaN in a row of h gives NaN for
+        that row and no other.
+
+    Raises:
+        TypeError: an argument that is no tensor, or an integer dtype.
+        ValueError: unknown prior, wrong shape, mixed devices, non-finite log_scale.
+
+    >>> import torch, nicefast as nf
+    >>> nf.functional.scale_log_prob(torch.zeros(3, 2), torch.zeros(2), prior="normal")
+    tensor([-1.8379, -1.8379, -1.8379])
+    """
+    _check_tensor("h", h)
+    _check_tensor("log_scale", log_scale)
+    check_prior(prior)
+    if h.ndim < 1 or log_scale.shape != h.shape[-1:]:
+        raise ValueError(
+            f"log_scale must have shape ({h.shape[-1] if h.ndim else 'D'},), one value for each "
+            f"feature of h, got {tuple(log_scale.shape)} for an h of shape {tuple(h.shape)}"
+        )
+    if h.shape[-1] < 1:
+        raise ValueError(f"h must have at least one feature, got shape {tuple(h.shape)}")
+    _check_device("log_scale", log_scale, h)
+    if return_z:  # z is never narrower than what it is made of
+        h = h.to(torch.promote_types(h.dtype, log_scale.dtype))
+    z, log_prob = autograd.ScaleLogProb.apply(_rows(h), log_scale.contiguous(), prior, return_z)
+    log_prob = log_prob.view(h.shape[:-1])
+    return (z.view(h.shape), log_prob) if return_z else log_prob
+
+
+def sample_prior(
+    log_scale: Tensor,
+    n: int,
+    prior: str = "logistic",
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    row_offset: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``h = exp(-log_scale) * z`` (n, D) with ``z`` drawn from the prior, in one pass.
+
+    Entry (i, d) depends on the seed, ``row_offset + i`` and ``d`` alone: the same seed gives the
+    same sample, however it is cut into batches. Differentiable in ``log_scale``.
+
+    Args:
+        log_scale: (D,).
+        n: number of rows, >= 0.
+        prior: ``"logistic"`` or ``"normal"``.
+        seed: 0 <= seed < 2^63; by default drawn from ``generator`` (by default torch's own).
+        generator: where the seed is drawn from.
+        row_offset: index of the first row, for samples drawn in batches.
+        dtype: of the result; that of ``log_scale`` by default.
+
+    Raises:
+        TypeError: log_scale is no floating-point tensor, or dtype is not floating point.
+        ValueError: unknown prior, negative n or row_offset, seed out of range, non-finite
+            log_scale (CPU).
+
+    >>> import torch, nicefast as nf
+    >>> nf.functional.sample_prior(torch.zeros(4), 10, seed=0).shape
+    torch.Size([10, 4])
+    """
+    _check_tensor("log_scale", log_scale)
+    check_prior(prior)
+    if log_scale.ndim != 1 or log_scale.shape[0] < 1:
+        raise ValueError(f"log_scale must have shape (D,), got {tuple(log_scale.shape)}")
+    for name, count in (("n", n), ("row_offset", row_offset)):
+        if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
+            raise ValueError(f"{name} must be an integer >= 0, got {count!r}")
+    dtype = dtype or log_scale.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    if seed is None:
+        seed = draw_seed(generator)
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
+    return autograd.SamplePrior.apply(log_scale.contiguous(), n, row_offset, seed, prior, dtype)
+
+
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """A seed for :func:`sample_prior`, drawn from ``generator`` (by default torch's own).
+
+    >>> import torch, nicefast as nf
+    >>> nf.functional.draw_seed(torch.Generator().manual_seed(0)) >= 0
+    True
+    """
+    device = "cpu" if generator is None else generator.device
+    high = torch.iinfo(torch.int64).max
+    return int(torch.randint(high, (), generator=generator, device=device))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` (..., D) as (N, D): a view wherever the strides allow."""
+    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _check_coupling(
+    x: Tensor, shift: Tensor, partition: Split, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _check_features("x", x, partition)
+    _check_tensor("shift", shift)
+    count = partition.locate(x.device).size
+    expected = (*x.shape[:-1], count)
+    if shift.shape != expected:
+        if shift.ndim < 1 or shift.shape[-1] != count or shift.ndim > x.ndim:
+            raise _wrong_shift(shift, expected)
+        try:
+            shift = shift.expand(expected)
+        except RuntimeError:
+            raise _wrong_shift(shift, expected) from None
+    _check_device("shift", shift, x)
+    if bias is not None:
+        _check_tensor("bias", bias)
+        if bias.shape != (count,):
+            raise ValueError(
+                f"bias must have shape ({count},), one value for each shifted feature, "
+                f"got {tuple(bias.shape)}"
+            )
+        _check_device("bias", bias, x)
+    return x, shift
+
+
+def _wrong_shift(shift: Tensor, expected: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"shift must have shape {tuple(expected)}, one value for each shifted feature, "
+        f"got {tuple(shift.shape)}"
+    )
+
+
+def _check_features(name: str, x: Tensor, partition: Split) -> None:
+    _check_tensor(name, x)
+    if not hasattr(partition, "locate"):
+        raise TypeError(f"partition must be a nicefast.Partition, got {type(partition).__name__}")
+    if x.ndim < 1 or x.shape[-1] != partition.features:
+        raise ValueError(
+            f"{name} must have {partition.features} features in its last dimension, as {partition} "
+            f"has, got shape {tuple(x.shape)}"
+        )
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point or x.element_size() < 2:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, where x is, got {x.device}")

@@ -1,0 +1,202 @@
+"""The definition of every operation, in plain PyTorch.
+
+Each function here says what the operation of the same name in :mod:`nicefast.functional` means;
+in float64 it is what kernels, compiled code and lower precisions are compared with. It is also
+what runs where no kernel can: without a GPU, without Triton, or on request. Everything is
+differentiable by autograd any number of times.
+
+Where a *partition* is expected, an index tensor or a slice naming the features does as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+PRIORS = ("logistic", "normal")
+
+
+def additive_coupling(
+    x: Tensor, shift: Tensor, partition: Any, inverse: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """``y = x`` with ``shift + bias`` added to (inverse: taken from) the shifted features.
+
+    Shapes: x (..., D), shift (..., S), bias (S,). See Dinh et al. 2014, section 3.2.
+
+    >>> import torch, nicefast as nf
+    >>> nf.reference.additive_coupling(torch.zeros(4), torch.ones(2), nf.Partition.half(4))
+    tensor([0., 0., 1., 1.])
+    """
+    features = getattr(partition, "shifted", partition)
+    if isinstance(features, slice):
+        features = torch.arange(x.shape[-1])[features]
+    delta = (shift if bias is None else shift + bias).to(x.dtype)
+    return x.index_add(-1, features.to(x.device), -delta if inverse else delta)
+
+
+def additive_coupling_(
+    x: Tensor, shift: Tensor, partition: Any, inverse: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """:func:`additive_coupling` written over ``x``; only the shifted features are touched."""
+    features = getattr(partition, "shifted", partition)
+    delta = shift if bias is None else shift + bias
+    if isinstance(features, slice):
+        x[..., features].add_(delta, alpha=-1 if inverse else 1)
+    else:
+        delta = delta.to(x.dtype)
+        x.index_add_(-1, features.to(x.device), delta, alpha=-1 if inverse else 1)
+    return x
+
+
+def select_features(x: Tensor, partition: Any) -> Tensor:
+    """The shifted features of ``x``, in order: the transpose of a coupling's addition."""
+    features = getattr(partition, "shifted", partition)
+    return x[..., features] if isinstance(features, slice) else x.index_select(-1, features)
+
+
+def check_prior(prior: str) -> str:
+    """``prior`` itself, or a ValueError that names the known ones."""
+    if prior not in PRIORS:
+        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+    return prior
+
+
+def prior_log_prob(z: Tensor, prior: str) -> Tensor:
+    """Element-wise log-density of the prior, in nats: finite wherever ``z`` is.
+
+    logistic ``-softplus(z) - softplus(-z)``, normal ``-z^2 / 2 - log(2 pi) / 2``
+    (Dinh et al. 2014, section 3.4).
+
+    >>> import torch, nicefast as nf
+    >>> nf.reference.prior_log_prob(torch.tensor([0.0, 1e4]), "logistic")
+    tensor([-1.3863e+00, -1.0000e+04])
+    """
+    if prior == "logistic":
+        # -softplus(z) - softplus(-z), but torch's softplus drops exp(-z) beyond z = 20: 2e-9 off
+        return logsigmoid(z) + logsigmoid(-z)
+    check_prior(prior)
+    return -0.5 * z * z - 0.5 * math.log(2 * math.pi)
+
+
+def scale_log_prob(
+    h: Tensor, log_scale: Tensor, prior: str = "logistic", return_z: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``z = exp(log_scale) h`` and ``log_prob = sum_d log p(z_d) + sum_d log_scale_d``, in nats.
+
+    Shapes: h (..., D), log_scale (D,); returns log_prob (...) or ``(z, log_prob)``. log_prob is
+    at least float32 (Dinh et al. 2014, equation 1 with section 3.3).
+
+    >>> import torch, nicefast as nf
+    >>> nf.reference.scale_log_prob(torch.zeros(2), torch.zeros(2), prior="normal")
+    tensor(-1.8379)
+    """
+    work = at_least_float32(h.dtype, log_scale.dtype)
+    s = log_scale.to(work)
+    z = h.to(work) * s.exp()
+    log_prob = prior_log_prob(z, prior).sum(-1) + s.sum()
+    return (z.to(h.dtype), log_prob) if return_z else log_prob
+
+
+def scale_log_prob_backward(
+    grad_z: Tensor | None, grad_log_prob: Tensor, h: Tensor, log_scale: Tensor, prior: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`scale_log_prob` with respect to ``h`` (N, D) and ``log_scale`` (D,).
+
+    With ``a = grad_log_prob * d log p(z)/dz + grad_z``: ``a exp(log_scale)`` and
+    ``sum_n (a z + grad_log_prob)``.
+    """
+    work = at_least_float32(h.dtype, log_scale.dtype)
+    scale = log_scale.to(work).exp()
+    z = h.to(work) * scale
+    g = grad_log_prob.to(work)[..., None]
+    a = g * (-torch.tanh(z / 2) if prior == "logistic" else -z)
+    if grad_z is not None:
+        a = a + grad_z.to(work)
+    return (a * scale).to(h.dtype), (a * z + g).sum(0).to(log_scale.dtype)
+
+
+def sample_prior(
+    log_scale: Tensor,
+    n: int,
+    seed: int,
+    prior: str = "logistic",
+    row_offset: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``h = exp(-log_scale) z`` (n, D) with ``z`` drawn from the prior.
+
+    Entry (i, d) is a function of ``seed``, ``row_offset + i`` and ``d`` alone, so that a sample
+    does not depend on how it is cut into batches.
+
+    >>> import torch, nicefast as nf
+    >>> whole = nf.reference.sample_prior(torch.zeros(3), 4, seed=1)
+    >>> torch.equal(whole[2:], nf.reference.sample_prior(torch.zeros(3), 2, seed=1, row_offset=2))
+    True
+    """
+    dtype = dtype or log_scale.dtype
+    d = log_scale.shape[0]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.exp(-log_scale.to(work))
+    out = torch.empty((n, d), dtype=dtype, device=log_scale.device)
+    step = max(1, (1 << 16) // d)  # rows at a time, so that the integers stay in the cache
+    for i in range(0, n, step):
+        rows = torch.arange(i, min(i + step, n), device=log_scale.device) + row_offset
+        out[i : i + step] = (prior_noise(rows, d, seed, prior, work) * scale).to(dtype)
+    return out
+
+
+def sample_prior_backward(grad_h: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of :func:`sample_prior` with respect to ``log_scale``: ``-sum_n grad_h h``."""
+    work = at_least_float32(h.dtype, grad_h.dtype)
+    return -(grad_h.to(work) * h.to(work)).sum(0).to(dtype)
+
+
+def prior_noise(rows: Tensor, features: int, seed: int, prior: str, dtype: torch.dtype) -> Tensor:
+    """Standard noise (len(rows), features) of the prior: Philox4x32-10 (Salmon et al. 2011).
+
+    Counter (row, d // 4, 0), one 32-bit word for each of four features; float64 takes 32 more bits
+    from counter (row, d // 4, 1). Logistic: the top bit is the sign, the others are
+    ``w = P(|Z| > t)``, hence ``t = log((2 - w) / w)``; normal: Box-Muller on pairs of words.
+    No value is infinite.
+    """
+    quads = torch.arange(-(-features // 4), device=rows.device)
+    high = _philox(rows, quads, 0, seed)
+    low = _philox(rows, quads, 1, seed) if dtype == torch.float64 else None
+
+    def unit(words: Tensor, scale: float) -> Tensor:
+        fraction = 0.5 if low is None else (low.to(dtype) + 0.5) * 2.0**-32
+        return (words.to(dtype) + fraction) * scale
+
+    if prior == "logistic":
+        w = unit(high & 0x7FFFFFFF, 2.0**-31)
+        t = torch.log((2.0 - w) / w)
+        z = torch.where(high >= 1 << 31, -t, t)
+    else:
+        u = unit(high, 2.0**-32)
+        radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
+        angle = 2 * math.pi * u[..., 1::2]
+        z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
+    return z.reshape(len(rows), -1)[:, :features]
+
+
+def _philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
+    """Philox4x32-10 as unsigned 32-bit values in int64: (len(rows), len(quads), 4)."""
+    mask = 0xFFFFFFFF
+    c0, c1 = (rows & mask)[:, None], (rows >> 32 & mask)[:, None]
+    c2, c3 = quads[None, :], torch.full_like(quads[None, :], word)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        p0, p2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps at 64 bits, as it should
+        c0, c1 = ((p2 >> 32) & mask) ^ c1 ^ k0, p2 & mask
+        c2, c3 = ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
+
+
+def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
+    """The widest of ``dtypes`` and float32: where a log-density is computed."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,0 +1,96 @@
+"""What several tests share: partitions, data, error rules, guarded memory."""
+
+import math
+
+import pytest
+import torch
+
+import nicefast as nf
+
+HALF_AND_UP = [torch.float16, torch.float32, torch.float64]
+#: bf16 is wrong in Triton's interpreter, so kernels meet it on a GPU only
+DTYPES = [*HALF_AND_UP, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def partitions(d):
+    """Partitions of ``d`` features of every kind, both ways round."""
+    found = [nf.Partition.half(d), nf.Partition.alternating(d), nf.Partition.random(d, seed=d)]
+    if d >= 6:
+        mask = torch.ones(d, dtype=torch.bool)
+        mask[2:-2] = False  # a block in the middle: arithmetic, but neither half
+        found.append(nf.Partition.from_mask(mask))
+        steps = torch.ones(d, dtype=torch.bool)
+        steps[3:-1:2] = False  # every second of some, not all
+        found.append(nf.Partition.from_mask(steps))
+    return [q for p in found for q in (p, ~p)]
+
+
+def strided(x, kind):
+    """``x`` (N, D) laid out otherwise: rows apart, columns apart, or one row for all."""
+    n, d = x.shape
+    if kind == "rows":
+        return torch.cat((x, torch.full((n, 3), torch.nan, dtype=x.dtype, device=x.device)), 1)[
+            :, :d
+        ]
+    if kind == "columns":
+        return x.t().contiguous().t()
+    if kind == "expanded":
+        return x[:1].expand(n, d)
+    assert kind == "dense"
+    return x
+
+
+def error(value, exact):
+    """Largest absolute difference from the float64 value; NaN must match NaN."""
+    value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
+    assert value.shape == exact.shape
+    assert torch.equal(value.isnan(), exact.isnan())
+    return (
+        (value - exact).nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf).abs().max().item()
+        if value.numel()
+        else 0.0
+    )
+
+
+def assert_three_way(value, plain, exact, slack=2.0):
+    """error(kernel, float64) <= 2 error(plain PyTorch in the same dtype, float64) + tiny."""
+    assert value.dtype == plain.dtype, (value.dtype, plain.dtype)
+    scale = exact.abs().nan_to_num(0.0).max().item() if exact.numel() else 0.0
+    tiny = 4 * torch.finfo(value.dtype).eps * max(scale, 1.0)
+    assert error(value, exact) <= slack * error(plain, exact) + tiny
+
+
+def kolmogorov_smirnov(z, prior):
+    """sqrt(n) times the largest distance of the empirical from the exact distribution function."""
+    z = z.double().flatten().sort().values
+    n = len(z)
+    cdf = nf.priors.standard(prior, dtype=torch.float64, device=z.device).cdf(z)
+    steps = torch.arange(n + 1, dtype=torch.float64, device=z.device) / n
+    return math.sqrt(n) * torch.maximum(steps[1:] - cdf, cdf - steps[:-1]).max().item()
+
+
+class GuardedMemory:
+    """Stands in for ``torch.empty``: NaN inside, a guard band on either side."""
+
+    BAND, MARK = 256, 12345.0
+
+    def __init__(self, empty):
+        self._empty = empty
+        self.buffers = []
+
+    def empty(self, *size, dtype=None, device=None, **options):
+        size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point or options:
+            return self._empty(size, dtype=dtype, device=device, **options)
+        numel = torch.Size(size).numel()
+        buffer = self._empty(numel + 2 * self.BAND, dtype=dtype, device=device).fill_(self.MARK)
+        inside = buffer[self.BAND : self.BAND + numel].fill_(torch.nan)
+        self.buffers.append(buffer)
+        return inside.view(size)
+
+    def check(self):
+        assert self.buffers, "no output was allocated"
+        for buffer in self.buffers:
+            assert (buffer[: self.BAND] == self.MARK).all(), "written before the output"
+            assert (buffer[-self.BAND :] == self.MARK).all(), "written after the output"

@@ -1,0 +1,132 @@
+"""Derivatives of every order, and torch.func."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+
+import nicefast as nf
+from helpers import partitions
+
+F = nf.functional
+
+
+def draw(*shape, device):
+    return torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
+
+
+def test_second_derivatives_of_the_coupling(backend, device):
+    for p in partitions(6)[:: 1 if backend == "reference" else 4]:
+        x, shift = draw(2, 6, device=device), draw(2, len(p.shifted), device=device)
+        bias = draw(len(p.shifted), device=device)
+
+        def function(x, shift, bias, p=p):
+            x, x1 = F.split_features(x, p)
+            y = F.additive_coupling(x, shift * x1.square().sum(-1, keepdim=True), p, True, bias)
+            return y.square()
+
+        assert torch.autograd.gradcheck(function, (x, shift, bias))
+        assert torch.autograd.gradgradcheck(function, (x, shift, bias))
+
+
+@pytest.mark.parametrize("prior", ["logistic", "normal"])
+@pytest.mark.parametrize("return_z", [False, True])
+def test_second_derivatives_of_the_likelihood(backend, device, prior, return_z):
+    h, s = draw(2, 3, device=device), draw(3, device=device)
+    assert torch.autograd.gradgradcheck(
+        lambda h, s: F.scale_log_prob(h, s, prior, return_z), (h, s)
+    )
+
+
+@pytest.mark.parametrize("prior", ["logistic", "normal"])
+def test_second_derivatives_of_the_sample(backend, device, prior):
+    s = draw(3, device=device)
+    assert torch.autograd.gradgradcheck(lambda s: F.sample_prior(s, 2, prior, seed=1), (s,))
+
+
+def model(device):
+    flow = nf.NICE(4, hidden=(6,), couplings=2, partition="random", activation="tanh")
+    with torch.no_grad():
+        flow.scaling.log_scale.normal_()
+    return flow.to(device)
+
+
+def test_hessian_and_jacobian(backend, device):
+    flow, x = model(device).double(), torch.randn(4, dtype=torch.float64, device=device)
+    log_scale = flow.scaling.log_scale.detach()
+
+    def plain_log_prob(x):
+        for coupling in flow.couplings:
+            shift = coupling.conditioner(x[coupling.partition.conditioning.to(device)])
+            x = nf.reference.additive_coupling(x, shift, coupling.partition)
+        return nf.reference.scale_log_prob(x, log_scale)
+
+    plain = torch.autograd.functional.hessian(plain_log_prob, x)
+    assert torch.allclose(jacrev(grad(flow.log_prob))(x), plain, atol=1e-10)
+    assert jacrev(lambda x: flow(x)[0])(x).shape == (4, 4)
+
+
+def test_forward_mode_says_that_it_is_not_there(backend, device):
+    flow, x = model(device), torch.randn(4, device=device)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        jvp(flow.log_prob, (x,), (torch.ones_like(x),))
+
+
+def test_gradient_of_each_sample(backend, device):
+    """vmap(grad(log_prob)) over rows, with respect to the data and to the parameters."""
+    flow, x = model(device), torch.randn(3, 4, device=device)
+    by_row = vmap(grad(flow.log_prob))(x)
+    inputs = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(flow.log_prob(inputs).sum(), inputs)
+    assert torch.allclose(by_row, want, atol=1e-5)
+
+    class LogProb(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x):
+            return self.flow.log_prob(x)
+
+    wrapped = LogProb()
+    parameters = dict(wrapped.named_parameters())
+    each = vmap(grad(lambda p, x: functional_call(wrapped, p, (x,))), (None, 0))(parameters, x)
+    for i in range(3):
+        one = torch.autograd.grad(flow.log_prob(x[i]), list(parameters.values()))
+        for got, want in zip(each.values(), one, strict=True):
+            assert torch.allclose(got[i], want, atol=1e-5)
+
+
+def test_vmap_over_models(backend, device):
+    """An ensemble: parameters stacked along a first dimension, log_scale among them."""
+    flows = [model(device) for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(flows)
+    x = torch.randn(5, 4, device=device)
+
+    def z_of(parameters):
+        return functional_call(flows[0], parameters, (x,))[0]
+
+    got = vmap(z_of)({k: v.detach() for k, v in stacked.items()})
+    for z, flow in zip(got, flows, strict=True):
+        assert torch.allclose(z, flow(x)[0], atol=1e-5)
+
+
+def test_no_gradient_where_none_is_needed(backend, device):
+    p = nf.Partition.half(4)
+    x = torch.randn(3, 4, device=device)
+    assert not F.additive_coupling(x, torch.randn(3, 2, device=device), p).requires_grad
+    s = torch.zeros(4, device=device, requires_grad=True)
+    z, log_prob = F.scale_log_prob(x, s, return_z=True)
+    assert z.requires_grad
+    assert log_prob.requires_grad
+
+
+def test_saved_tensors_hold_one_stream(device):
+    """A coupling saves nothing of the data; the likelihood saves its input."""
+    saved = []
+    x = torch.randn(8, 6, device=device, requires_grad=True)
+    shift = torch.randn(8, 3, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = F.additive_coupling(x, shift, nf.Partition.alternating(6))
+        assert saved == []
+        F.scale_log_prob(y, torch.zeros(6, device=device, requires_grad=True))
+    assert sum(t.numel() for t in saved) == 8 * 6 + 6

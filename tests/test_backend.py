@@ -1,0 +1,111 @@
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import nicefast as nf
+from nicefast import backend as module
+
+
+def test_context_manager_restores():
+    before = nf.get_backend()
+    with nf.set_backend("reference"):
+        assert nf.get_backend() == "reference"
+        with nf.set_backend("auto"):
+            assert nf.get_backend() == "auto"
+        assert nf.get_backend() == "reference"
+    assert nf.get_backend() == before
+
+
+def test_set_at_once_and_for_every_thread():
+    restore = nf.set_backend("reference")
+    try:
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(nf.get_backend()))
+        thread.start()
+        thread.join()
+        assert seen == ["reference"]
+    finally:
+        restore.__exit__(None, None, None)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="must be one of auto, triton, reference, got 'cuda'"):
+        nf.set_backend("cuda")
+
+
+def test_auto_takes_the_reference_on_the_cpu():
+    with nf.set_backend("auto"):
+        assert not module.uses_kernels(torch.device("cpu"))
+
+
+def test_kernels_really_run(triton_backend, device, monkeypatch):
+    """The two backends are two implementations: a kernel that is broken is noticed."""
+    called = []
+    monkeypatch.setattr(module.kernels(), "couple", lambda x, *rest: called.append(1) or x.clone())
+    x, shift = torch.zeros(2, 4, device=device), torch.ones(2, 2, device=device)
+    nf.functional.additive_coupling(x, shift, nf.Partition.half(4))
+    with nf.set_backend("reference"):
+        nf.functional.additive_coupling(x, shift, nf.Partition.half(4))
+    assert called == [1]
+
+
+def run(code, **environment):
+    """Run ``code`` in a Python without Triton's interpreter."""
+    import os
+
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NICEFAST_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+USE = """
+import torch, nicefast as nf
+x = torch.zeros(2, 4)
+print(nf.functional.additive_coupling(x, torch.ones(2, 2), nf.Partition.half(4)).sum().item())
+print(nf.NICE(4, hidden=(8,)).log_prob(x).shape[0], nf.NICE(4, hidden=(8,)).sample(3).shape[0])
+"""
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def test_without_triton():
+    done = run(NO_TRITON + USE)
+    assert done.stdout.split() == ["4.0", "2", "3"], done.stderr
+
+
+def test_import_needs_torch_and_numpy_only():
+    code = """
+import sys
+before = set(sys.modules)
+import nicefast
+third = {m.partition('.')[0] for m in set(sys.modules) - before}
+print(sorted(third & {'triton', 'safetensors', 'typer', 'rich', 'matplotlib', 'sklearn', 'scipy'}))
+"""
+    done = run("import torch\n" + code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_triton_where_it_cannot_run():
+    without = run(NO_TRITON + "import nicefast as nf; nf.set_backend('triton')")
+    assert (
+        "RuntimeError: backend 'triton' cannot run here: Triton cannot be imported"
+        in without.stderr
+    )
+    environment = run(NO_TRITON + USE, NICEFAST_BACKEND="triton")
+    assert "backend 'triton' cannot run on cpu: Triton cannot be imported" in environment.stderr
+    if not torch.cuda.is_available():
+        no_gpu = run("import nicefast as nf; nf.set_backend('triton')")
+        assert "no GPU is available" in no_gpu.stderr
+
+
+def test_environment():
+    assert run(USE, NICEFAST_BACKEND="reference").stdout.split() == ["4.0", "2", "3"]
+    bad = run(USE, NICEFAST_BACKEND="cuda")
+    assert "NICEFAST_BACKEND must be one of auto, triton, reference, got 'cuda'" in bad.stderr

@@ -1,0 +1,167 @@
+import json
+import os
+
+import pytest
+import torch
+
+import nicefast as nf
+
+safetensors = pytest.importorskip("safetensors", reason="needs safetensors")
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+def make(**options):
+    model = nf.NICE((1, 2, 4), **{"hidden": (8,), "couplings": 3, **options})
+    with torch.no_grad():
+        model.scaling.log_scale.normal_()
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"partition": "checkerboard", "prior": "normal", "activation": "gelu"},
+        {"partition": nf.Partition.random(8, 3), "context": 2, "hidden": ()},
+        {"partition": [nf.Partition.half(8), nf.Partition.random(8, 1), nf.Partition.random(8, 2)]},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_round_trip(tmp_path, options, dtype):
+    model = make(**options).to(dtype)
+    nf.save(model, tmp_path / "flow.safetensors")
+    again = nf.load(tmp_path / "flow.safetensors")
+    assert again.configuration == model.configuration
+    assert [c.partition for c in again.couplings] == [c.partition for c in model.couplings]
+    for (name, a), (other, b) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert a.dtype == b.dtype == dtype
+        assert torch.equal(a, b)
+    x = torch.randn(3, 1, 2, 4)
+    context = torch.randn(3, 2) if options.get("context") else None
+    assert torch.equal(again.log_prob(x, context), model.log_prob(x, context))
+    again.log_prob(x, context).sum().backward()
+    assert all(p.requires_grad for p in again.parameters())
+    assert os.listdir(tmp_path) == ["flow.safetensors"]
+
+
+def test_metadata(tmp_path):
+    path = tmp_path / "flow.safetensors"
+    nf.save(make().double(), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["nicefast_version"] == nf.__version__
+    assert metadata["dtype"] == "float64"
+    assert json.loads(metadata["configuration"])["features"] == [1, 2, 4]
+
+
+def test_truncated_at_any_length(tmp_path):
+    path = tmp_path / "flow.safetensors"
+    nf.save(make(), path)
+    whole = path.read_bytes()
+    for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"flow\.safetensors is truncated or no safetensors"):
+            nf.load(path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"no nicefast flow: .* None, expected 'nicefast"):
+        nf.load(path)
+    path.write_bytes(b"\x80\x04N." * 100)  # a pickle
+    with pytest.raises(ValueError, match="no safetensors file"):
+        nf.load(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        nf.load(tmp_path / "missing.safetensors")
+
+
+def tampered(tmp_path, change_metadata=None, change_tensors=None):
+    path = tmp_path / "flow.safetensors"
+    model = make()
+    nf.save(model, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if change_metadata:
+        configuration = json.loads(metadata["configuration"])
+        change_metadata(configuration)
+        metadata["configuration"] = json.dumps(configuration)
+    if change_tensors:
+        change_tensors(tensors)
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(hidden=[9]),
+        lambda c: c.update(hidden=[10**9] * 3),  # must not allocate
+        lambda c: c.update(couplings=10**3),
+        lambda c: c.update(prior="cauchy"),
+        lambda c: c.update(prior=["logistic"]),
+        lambda c: c.update(features="eight"),
+        lambda c: c.update(surprise=1),
+        lambda c: c.pop("features"),
+        lambda c: c.update(partition=[[1, 1, 1, 1, 1, 1, 1, 1]] * 3),
+        lambda c: c.update(partition=7),
+    ],
+)
+def test_configuration_that_does_not_fit(tmp_path, change):
+    with pytest.raises(ValueError, match="does not fit its own configuration"):
+        nf.load(tampered(tmp_path, change_metadata=change))
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    for change in (
+        lambda t: t.pop("scaling.log_scale"),
+        lambda t: t.update(extra=torch.zeros(1)),
+        lambda t: t.update({"scaling.log_scale": torch.zeros(8, dtype=torch.int32)}),
+    ):
+        with pytest.raises(ValueError, match="does not fit its own configuration"):
+            nf.load(tampered(tmp_path, change_tensors=change))
+    with pytest.raises(ValueError, match="log_scale that is not finite"):
+        nf.load(
+            tampered(tmp_path, change_tensors=lambda t: t["scaling.log_scale"].fill_(torch.nan))
+        )
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = make()
+    model.couplings[0].conditioner = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="its layers are not those of its configuration"):
+        nf.save(model, tmp_path / "flow.safetensors")
+    with pytest.raises(TypeError, match=r"model must be a nicefast\.NICE, got Linear"):
+        nf.save(torch.nn.Linear(2, 2), tmp_path / "flow.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "flow.safetensors"
+    nf.save(make(), path)
+    before = path.read_bytes()
+
+    def interrupted(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nf.save(make(), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["flow.safetensors"]
+
+
+def test_tied_parameters(tmp_path):
+    model = make(partition="half", couplings=2)
+    model.couplings[1].conditioner.linears[0].weight = (
+        model.couplings[0].conditioner.linears[0].weight
+    )
+    nf.save(model, tmp_path / "flow.safetensors")
+    x = torch.randn(3, 1, 2, 4)
+    assert torch.equal(nf.load(tmp_path / "flow.safetensors").log_prob(x), model.log_prob(x))

@@ -1,0 +1,161 @@
+"""Every kernel, tile, dtype and architecture, compiled ahead of time: no GPU needed.
+
+Compiling has to happen outside the interpreter, so it runs in a process of its own.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, whose compiler this is about")
+
+from bench.cases import DTYPES, KERNELS, NARROW_LAYOUTS, TARGETS, VARIANTS, WIDE_LAYOUTS, cases
+from bench.resources import Resources, problems
+
+ROOT = Path(__file__).parent.parent
+CASES = {case.name: case for case in cases()}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the compiler made of every case, by name: computed once, whichever worker is first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    file = folder / "resources.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+            run = subprocess.run(
+                [sys.executable, "-m", "bench.resources", "--json", str(file)],
+                cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert file.exists(), run.stderr
+    return {r.pop("name"): Resources(**r) for r in json.loads(file.read_text())}
+
+
+def failures(compiled, about):
+    return [f"{n}: {p}" for n, r in compiled.items() for p in problems(CASES[n], r) if about in p]
+
+
+def test_everything_compiles(compiled):
+    assert compiled.keys() == CASES.keys()
+    assert not failures(compiled, "does not compile")
+
+
+def test_nothing_spills(compiled):
+    assert not failures(compiled, "spills")
+
+
+def test_shared_memory_suffices(compiled):
+    assert not failures(compiled, "shared memory")
+
+
+def test_global_accesses_are_128_bits_wide(compiled):
+    assert not failures(compiled, "narrow")
+
+
+def test_machine_code_is_as_wide_as_its_assembly(compiled):
+    read = [r for r in compiled.values() if r.sass]
+    assert len(read) >= 40
+    assert not failures(compiled, "machine code")
+
+
+def test_a_narrow_kernel_is_seen_to_be_narrow(compiled):
+    """Odd rows cannot be accessed 128 bits at a time: a counter that says so counts something."""
+    odd = [n for n, c in CASES.items() if c.kernel == "couple_kernel" and c.width % 2]
+    assert len({CASES[n].arch for n in odd}) == len(TARGETS)
+    assert all(compiled[n].wide_stores == 0 < compiled[n].stores for n in odd)
+
+
+def test_cases_cover_every_tile_dtype_and_architecture():
+    from nicefast.kernels.tile import tile
+
+    tiles = {
+        (dtype, tile(width, itemsize))
+        for dtype, itemsize in {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}.items()
+        for width in range(2, 100_001)
+    }
+    wanted = {
+        (kernel, arch, dtype, t)
+        for kernel in KERNELS
+        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
+        for dtype, t in tiles
+    }
+    assert {(c.kernel, c.arch, c.dtype, c.tile) for c in CASES.values()} == wanted
+
+
+def test_cases_are_what_the_launchers_launch():
+    for c in CASES.values():
+        constants, options = dict(c.constexprs), dict(c.options)
+        assert (constants["ROWS"], options["num_warps"]) == (c.tile.rows, c.tile.warps)
+        if "QUADS" in constants:
+            assert constants["QUADS"] == max(1, c.tile.columns // 4)
+        else:
+            assert constants["COLS"] == c.tile.columns
+        double = c.dtype == "fp64" or (c.kernel.startswith("scale") and "partner=fp64" in c.name)
+        assert str(constants["ACC"]) == ("fp64" if double else "fp32")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cases_cover_every_variant_on_every_architecture(kernel):
+    wanted = {(flag, v) for flag, values in VARIANTS[kernel].items() for v in values}
+    if kernel != "sample_fwd_kernel":  # which has no input to be laid out
+        wanted |= {("layout", v) for v in WIDE_LAYOUTS + NARROW_LAYOUTS}
+    if kernel == "couple_inplace_kernel":
+        wanted.remove(("layout", "expanded"))  # an expanded tensor is not written in place
+    for arch in TARGETS:
+        of_kernel = [c for c in CASES.values() if (c.kernel, c.arch) == (kernel, arch)]
+        assert wanted <= {pair for c in of_kernel for pair in c.variant}
+        steps = {dict(c.constexprs).get("STEP") for c in of_kernel}
+        assert steps == ({0, 1, 2} if "side" in VARIANTS[kernel] else {None})
+
+
+def test_every_kernel_in_the_package_is_checked():
+    from nicefast.kernels import coupling, likelihood, sampling
+
+    modules = (coupling, likelihood, sampling)
+    kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
+    assert kernels == set(KERNELS)
+
+
+def test_width_is_asked_of_every_tile_that_can_have_it():
+    asked = {}
+    for c in CASES.values():
+        key = (c.kernel, c.arch, c.dtype, c.tile)
+        loads, stores = asked.get(key, (0, 0))
+        asked[key] = max(loads, c.wide_loads), max(stores, c.wide_stores)
+    for (kernel, _, dtype, t), (loads, stores) in asked.items():
+        wide = t.columns * DTYPES[dtype].itemsize >= 16
+        if kernel in {"couple_kernel", "scale_log_prob_bwd_kernel"}:
+            assert (loads > 0) == (stores > 0) == wide
+        elif kernel in {"scale_log_prob_fwd_kernel", "sample_bwd_kernel"}:
+            assert (loads > 0) == wide
+        elif kernel == "sample_fwd_kernel":
+            assert (stores > 0) == wide
+
+
+def test_the_check_can_fail():
+    case = next(c for c in CASES.values() if c.wide_loads and c.wide_stores and c.arch == "sm_80")
+    good = Resources(
+        registers=64, spills={"STACK": 0, "LOCAL": 0}, shared=163 * 1024, loads=case.wide_loads,
+        stores=case.wide_stores, wide_loads=case.wide_loads, wide_stores=case.wide_stores,
+    )  # fmt: skip
+    assert not problems(case, good)
+    for doctored, said in (
+        ({"spills": {"STACK": 8, "LOCAL": 0}}, "spills: STACK = 8"),
+        ({"shared": 163 * 1024 + 1}, "shared memory"),
+        ({"wide_loads": 0}, "narrow loads"),
+        ({"wide_stores": case.wide_stores - 1}, "narrow stores"),
+        ({"sass": {"wide_loads": 0, "wide_stores": 0}}, "machine code"),
+        ({"error": "CompilationError"}, "does not compile"),
+    ):
+        (problem,) = problems(case, dataclasses.replace(good, **doctored))
+        assert said in problem

@@ -1,0 +1,71 @@
+"""The architecture as rules: what is public, documented, and imported from where."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import nicefast as nf
+
+ROOT = Path(__file__).parent.parent
+
+
+def modules():
+    return [
+        importlib.import_module(f"nicefast.{m.name}")
+        for m in pkgutil.iter_modules(nf.__path__)
+        if m.name not in ("cli", "__main__")
+    ]
+
+
+def test_kernels_import_only_torch_and_triton():
+    standard = {"typing", "contextlib"}
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                assert name.split(".")[0] in {"torch", "triton", *standard}, (path.name, name)
+
+
+def test_examples_in_docstrings_run():
+    attempted = 0
+    for module in modules():
+        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+        assert result.failed == 0, module.__name__
+        attempted += result.attempted
+    assert attempted > 30
+
+
+def test_public_things_have_docstrings_with_an_example():
+    missing = []
+    for name in nf.__all__:
+        thing = getattr(nf, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            doc = inspect.getdoc(thing) or ""
+            if ">>>" not in doc and name != "load":  # save's example loads
+                missing.append(name)
+    for module in (nf.functional, nf.reference):
+        for name, thing in vars(module).items():
+            public = inspect.isfunction(thing) and not name.startswith("_")
+            if public and thing.__module__ == module.__name__ and not inspect.getdoc(thing):
+                missing.append(f"{module.__name__}.{name}")
+    assert not missing
+
+
+def test_examples_of_the_readme_run(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
