@@ -1,0 +1,1 @@
+"""Benchmarks and measurements: speed, and what the compiled kernels cost."""

@@ -71,8 +71,8 @@ def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     if out.exists() and not (out / "result.json").is_file():
         raise ValueError(f"--out {out} exists and is not a run folder, so it is not overwritten")
 
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    folder, old = beside.with_suffix(".new"), beside.with_suffix(".old")
+    beside = f".{out.name}.{secrets.token_hex(4)}"
+    folder, old = out.with_name(f"{beside}.new"), out.with_name(f"{beside}.old")
     folder.mkdir(parents=True)
     try:
         yield folder
