@@ -109,8 +109,8 @@ def sample_fwd(
     h = torch.empty((n, d), dtype=dtype, device=log_scale.device)
     if n == 0:
         return h
-    t = tile(d, h.element_size())
-    quads = max(1, t.columns // 4)
+    t = tile(max(d, 4), h.element_size())
+    quads = t.columns // 4
     with on_device(h):
         sample_fwd_kernel[(ceil_div(n, t.rows), ceil_div(d, quads * 4))](
             log_scale, h, n, row_offset, seed,
