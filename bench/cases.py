@@ -194,7 +194,7 @@ def _case(kernel: str, arch: str, dtype: str, width: int, v: dict[str, Any]) -> 
         edges = (first, count, x.stride(0))
         aligned = v["layout"] in WIDE_LAYOUTS and all(e * x.itemsize % 16 == 0 for e in edges)
         if aligned and columns * x.itemsize >= 16:
-            least[kind] += t.rows * columns * x.itemsize // (16 * threads)
+            least[kind] += recorder.kwargs["ROWS"] * columns * x.itemsize // (16 * threads)
     specialised = _specialise(kernel, arch, recorder.args, recorder.kwargs)
     variant = tuple(v.items())
     return Case(kernel, arch, dtype, width, t, variant, *specialised, least["load"], least["store"])
