@@ -193,7 +193,8 @@ def scale_log_prob(
     if h.shape[-1] < 1:
         raise ValueError(f"h must have at least one feature, got shape {tuple(h.shape)}")
     _check_device("log_scale", log_scale, h)
-    if return_z:  # z is never narrower than what it is made of
+    # z is never narrower than what it is made of, and float64 is computed from float64
+    if return_z or log_scale.dtype == torch.float64:
         h = h.to(torch.promote_types(h.dtype, log_scale.dtype))
     z, log_prob = autograd.ScaleLogProb.apply(_rows(h), log_scale.contiguous(), prior, return_z)
     log_prob = log_prob.view(h.shape[:-1])
