@@ -75,7 +75,7 @@ def fit_command(
     ] = "alternating",
     prior: Annotated[str, typer.Option(help="logistic or normal.")] = "logistic",
     activation: Annotated[str, typer.Option(help="Of the conditioners.")] = "relu",
-    epochs: Annotated[int, typer.Option(help="Most passes over the training rows.")] = 60,
+    epochs: Annotated[int, typer.Option(help="Most passes over the training rows.")] = 120,
     patience: Annotated[int, typer.Option(help="Epochs to wait for a better validation.")] = 40,
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 128,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 4e-3,

@@ -130,7 +130,7 @@ def fit(
     model: NICE,
     data: Dataset,
     *,
-    epochs: int = 60,
+    epochs: int = 120,
     patience: int = 40,
     batch_size: int = 128,
     lr: float = 4e-3,
