@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch.distributions import MultivariateNormal, Normal
 
 from nicefast.baselines import Gaussian
+
+stats = pytest.importorskip("scipy.stats", reason="needs scipy")
 
 
 @pytest.fixture

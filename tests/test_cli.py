@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import nicefast as nf
+
+for package in ("typer", "rich", "matplotlib", "safetensors", "sklearn"):
+    pytest.importorskip(package, reason=f"needs {package}")
+
+from typer.testing import CliRunner
+
 from nicefast import cli, plots, runs
 from nicefast.data import load_data
 from nicefast.training import evaluate

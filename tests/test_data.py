@@ -7,6 +7,11 @@ import torch
 from nicefast.data import DATASETS, dequantise, load_data, split_rows
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _scikit_learn():
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+
+
 def test_digits_are_the_1797_images_with_17_levels():
     data = load_data("digits")
     assert (data.levels, data.event_shape, data.features) == (17, (1, 8, 8), 64)
