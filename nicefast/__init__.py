@@ -7,6 +7,7 @@ from .checkpoint import load, save
 from .flow import NICE
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition
+from .path import choose_path
 
 __all__ = [
     "MLP",
@@ -15,6 +16,7 @@ __all__ = [
     "Partition",
     "Scaling",
     "__version__",
+    "choose_path",
     "functional",
     "get_backend",
     "load",

@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from . import reference
 from .ops import columns_of
+from .products import Chain, Kept, couple, couple_backward
 from .reference import at_least_float32
 
 
@@ -171,3 +172,58 @@ class SamplePrior(Function):
         else:
             grad = torch.ops.nicefast.sample_prior_backward(grad_h, h, log_scale.dtype)
         return grad, None, None, None, None, None
+
+
+class Couple(Function):
+    """A whole chain of couplings; what is stored does not grow with their number if it rebuilds."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chain: Chain,
+        inverse: bool,
+        x: Tensor,
+        context: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        kept: dict[int, list[Kept]] | None = None if chain.rebuild else {}
+        y = couple(chain, x, context, inverse, kept)
+        ctx.save_for_backward(x, y, context)
+        # not among the saved tensors: they are the model's, and no copies of anything
+        ctx.chain, ctx.inverse, ctx.kept = chain, inverse, kept
+        ctx.versions = [p._version for p in parameters]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        x, y, context = ctx.saved_tensors
+        chain: Chain = ctx.chain
+        if ctx.versions != [p._version for p in chain.parameters]:
+            raise RuntimeError(
+                "a parameter of the flow was modified in place between forward and backward: "
+                "the gradient would be that of another flow"
+            )
+        if torch.is_grad_enabled():  # a gradient that must be differentiable itself
+            inputs = [x, context, *chain.parameters]
+            wanted = [t for t, w in zip(inputs, ctx.needs_input_grad[2:], strict=True) if w]
+            features = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
+            again = reference.couple(
+                x,
+                chain.couplings,
+                [(features[side], features[1 - side]) for side in chain.conditions],
+                chain.activation,
+                ctx.inverse,
+                context,
+            )
+            found = iter(torch.autograd.grad(again, wanted, grad_y, create_graph=True))
+            grads = [next(found) if w else None for w in ctx.needs_input_grad[2:]]
+            return None, None, *grads
+        gradients = couple_backward(chain, grad_y, y, context, ctx.inverse, ctx.kept)
+        grad_c = gradients.context
+        return (
+            None,
+            None,
+            gradients.x,
+            None if context is None or grad_c is None else grad_c.to(context.dtype),
+            *gradients.parameters,
+        )

@@ -103,6 +103,18 @@ def why_not_kernels(device: torch.device) -> str | None:
     return _why_not_gpu(device.index or 0)
 
 
+def describe(device: torch.device) -> str:
+    """Which implementation operations on ``device`` run on now, and why, for people to read."""
+    if uses_kernels(device):
+        return f"Triton kernels on {device}"
+    reason = why_not_kernels(device)
+    if get_backend() == "reference":
+        reason = "backend 'reference' was asked for"
+    elif reason is None:
+        reason = "backend 'auto' takes kernels on a GPU only"
+    return f"plain PyTorch on {device} ({reason})"
+
+
 def _why_no_kernels_anywhere() -> str | None:
     interpreted, reason = _interpreted()
     if reason or interpreted:

@@ -15,6 +15,7 @@ from . import functional as F  # noqa: N812
 from .distributions import FlowDistribution, FlowTransform
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition, partition_chain
+from .path import choose_path
 from .reference import at_least_float32, check_prior
 
 
@@ -116,9 +117,7 @@ class NICE(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: ``(z, log_det)``."""
-        h, c = self._rows("x", x, context)
-        for coupling in self._couplings():
-            h, _ = coupling(h, c)
+        h = self._couple(*self._rows("x", x, context))
         z, _ = self.scaling(h)
         return z.view(x.shape), self.log_det(x)
 
@@ -126,15 +125,12 @@ class NICE(nn.Module):
         """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
         h, c = self._rows("z", z, context)
         h, _ = self.scaling.inverse(h)
-        for coupling in reversed(self._couplings()):
-            h, _ = coupling.inverse(h, c)
+        h = self._couple(h, c, inverse=True)
         return h.view(z.shape), -self.log_det(z)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Exact log-density of each x, in nats; float32 or wider."""
-        h, c = self._rows("x", x, context)
-        for coupling in self._couplings():
-            h, _ = coupling(h, c)
+        h = self._couple(*self._rows("x", x, context))
         log_prob = F.scale_log_prob(h, self.scaling.log_scale, self.prior_name)
         return log_prob.view(self._batch_shape(x))
 
@@ -169,10 +165,8 @@ class NICE(nn.Module):
         out = torch.empty(total, self.features, dtype=self.dtype, device=log_scale.device)
         for start in range(0, total, step):
             rows = out[start : start + step]
-            rows.copy_(self._noise(len(rows), seed, start))
             chunk = _repeat(c, n, start, start + len(rows))
-            for coupling in reversed(self._couplings()):
-                coupling.inverse_(rows, chunk)
+            rows.copy_(self._couple(self._noise(len(rows), seed, start), chunk, inverse=True))
         return out.view(*batch, *self.event_shape)
 
     def sample_and_log_prob(
@@ -186,14 +180,14 @@ class NICE(nn.Module):
         batch, c = self._sample_context(n, context)
         h = self._noise(math.prod(batch), F.draw_seed(generator), 0)
         log_prob = F.scale_log_prob(h, self.scaling.log_scale, self.prior_name)
-        x = self._to_data(h, _repeat(c, n, 0, len(h)))
+        x = self._couple(h, _repeat(c, n, 0, len(h)), inverse=True)
         return x.view(*batch, *self.event_shape), log_prob.view(batch)
 
     def sample_like(self, batch: torch.Size, context: Tensor | None) -> Tensor:
         """One draw for each entry of ``batch`` (context (\\*batch, K)), with gradients."""
         h = self._noise(math.prod(batch), F.draw_seed(), 0)
         c = None if context is None else context.reshape(-1, self.context)
-        return self._to_data(h, c).view(*batch, *self.event_shape)
+        return self._couple(h, c, inverse=True).view(*batch, *self.event_shape)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """The flow as a ``torch.distributions.Distribution``; batch shape that of the context.
@@ -217,32 +211,25 @@ class NICE(nn.Module):
         """
         return FlowTransform(self, context)
 
-    def explain(self) -> str:
-        """Which path a call takes on the model's device, and why.
+    def explain(self, rows: int = 65_536) -> str:
+        """Which path a log_prob of ``rows`` rows takes on the flow's device, and why.
+
+        Path, blocks, precision, number of products, work and bytes for each row, and the least time
+        that this device could need for them, by its measured rates. See
+        :func:`nicefast.choose_path`, which decides. ValueError for rows < 1.
 
         >>> import nicefast as nf
         >>> print(nf.NICE(4, hidden=(8,)).explain().splitlines()[0])
-        layer by layer: 4 couplings, then scaling + prior in one pass
+        products: every coupling is an MLP's, on one partition
         """
-        device = self.scaling.log_scale.device
-        if backend.uses_kernels(device):
-            how = f"Triton kernels on {device}"
-        else:
-            reason = backend.why_not_kernels(device)
-            if backend.get_backend() == "reference":
-                reason = "backend 'reference' was asked for"
-            elif reason is None:
-                reason = "backend 'auto' takes kernels on a GPU only"
-            how = f"plain PyTorch on {device} ({reason})"
-        return "\n".join(
-            (
-                f"layer by layer: {len(self.couplings)} couplings, "
-                "then scaling + prior in one pass",
-                f"element-wise operations: {how}",
-                f"products: PyTorch, {self.dtype}, float32 matmul precision "
-                f"'{torch.get_float32_matmul_precision()}'; accumulated in at least float32",
-            )
-        )
+        _check_count("rows", rows, 1)
+        log_scale = self.scaling.log_scale
+        device = log_scale.device
+        like = torch.empty(1, self.features, dtype=self.dtype, device=device)
+        context = like.new_empty(1, self.context) if self.context else None
+        path = choose_path(self._couplings(), like, context)
+        elementwise = f"element-wise operations: {backend.describe(device)}"
+        return f"{path.describe(rows, self.features, device)}\n{elementwise}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -272,6 +259,15 @@ class NICE(nn.Module):
                 f"context must be on {self.scaling.log_scale.device}, where the flow is, "
                 f"got {context.device}"
             )
+
+    def _couple(self, h: Tensor, context: Tensor | None, inverse: bool = False) -> Tensor:
+        """Rows through all couplings (inverse: back), by the path that suits them."""
+        path = choose_path(self._couplings(), h, context)
+        if path.chain is not None:
+            return F.couple(path.chain, h, context, inverse)
+        for coupling in reversed(self._couplings()) if inverse else self._couplings():
+            h, _ = coupling.inverse(h, context) if inverse else coupling(h, context)
+        return h
 
     def _couplings(self) -> list[AdditiveCoupling]:
         return cast("list[AdditiveCoupling]", list(self.couplings))
@@ -319,11 +315,6 @@ class NICE(nn.Module):
             row_offset=row_offset,
             dtype=self.dtype,
         )
-
-    def _to_data(self, h: Tensor, context: Tensor | None) -> Tensor:
-        for coupling in reversed(self._couplings()):
-            h, _ = coupling.inverse(h, context)
-        return h
 
     def _sample_context(
         self, n: int, context: Tensor | None

@@ -12,8 +12,9 @@ from typing import Literal, Protocol, overload
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, products
 from .ops import Features
+from .products import Chain
 from .reference import check_prior
 
 
@@ -249,6 +250,19 @@ def sample_prior(
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
     return autograd.SamplePrior.apply(log_scale.contiguous(), n, row_offset, seed, prior, dtype)
+
+
+def couple(chain: Chain, x: Tensor, context: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """Rows ``x`` (N, D) through a whole chain of couplings; see :func:`nicefast.reference.couple`.
+
+    ``chain`` is what :func:`nicefast.choose_path` found. Differentiable any number of times; with
+    narrow conditioners, memory does not grow with the number of couplings.
+    """
+    parameters = chain.parameters
+    tensors = [x, *parameters] if context is None else [x, context, *parameters]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return autograd.Couple.apply(chain, inverse, x, context, *parameters)
+    return products.couple(chain, x, context, inverse)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

@@ -7,7 +7,7 @@ form; forward is data -> latent.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,16 +16,7 @@ from torch import Tensor, nn
 from . import functional as F  # noqa: N812
 from .ops import check_log_scale
 from .partition import Partition
-from .reference import at_least_float32
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "leaky_relu": nn.functional.leaky_relu,
-    "tanh": torch.tanh,
-    "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu,
-    "elu": nn.functional.elu,
-}
+from .reference import ACTIVATIONS, at_least_float32
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, reference
+from . import backend, likelihood, reference
 
 
 class Features(NamedTuple):
@@ -207,6 +207,8 @@ _define(
 def _scale_log_prob(
     h: Tensor, log_scale: Tensor, prior: str, return_z: bool
 ) -> tuple[Tensor, Tensor]:
+    if likelihood.serves(h, log_scale) and backend.get_backend() != "reference":
+        return likelihood.scale_log_prob(h, log_scale, prior, return_z)
     z, log_prob = reference.scale_log_prob(h, log_scale, prior, return_z=True)
     return (z.contiguous() if return_z else h.new_empty(0)), log_prob
 
@@ -219,6 +221,15 @@ def _scale_log_prob_fake(
     return z, h.new_empty(h.shape[0], dtype=work)
 
 
+def _scale_log_prob_backward(
+    grad_z: Tensor | None, grad_log_prob: Tensor, h: Tensor, log_scale: Tensor, prior: str
+) -> tuple[Tensor, Tensor]:
+    arguments = (grad_z, grad_log_prob, h, log_scale)
+    if likelihood.serves(*arguments) and backend.get_backend() != "reference":
+        return likelihood.scale_log_prob_backward(*arguments, prior)
+    return reference.scale_log_prob_backward(*arguments, prior)
+
+
 _define(
     "scale_log_prob(Tensor h, Tensor log_scale, str prior, bool return_z) -> (Tensor, Tensor)",
     _scale_log_prob,
@@ -229,7 +240,7 @@ _define(
 _define(
     "scale_log_prob_backward(Tensor? grad_z, Tensor grad_log_prob, Tensor h, Tensor log_scale, "
     "str prior) -> (Tensor, Tensor)",
-    reference.scale_log_prob_backward,
+    _scale_log_prob_backward,
     "scale_log_prob_bwd",
     lambda grad_z, grad_log_prob, h, log_scale, prior: (
         h.new_empty(h.shape),

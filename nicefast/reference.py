@@ -11,6 +11,7 @@ Where a *partition* is expected, an index tensor or a slice naming the features 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 PRIORS = ("logistic", "normal")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "tanh": torch.tanh,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+    "elu": torch.nn.functional.elu,
+}
 
 
 def additive_coupling(
@@ -56,6 +65,40 @@ def select_features(x: Tensor, partition: Any) -> Tensor:
     """The shifted features of ``x``, in order: the transpose of a coupling's addition."""
     features = getattr(partition, "shifted", partition)
     return x[..., features] if isinstance(features, slice) else x.index_select(-1, features)
+
+
+def couple(
+    x: Tensor,
+    couplings: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    features: Sequence[tuple[Any, Any]],
+    activation: str,
+    inverse: bool = False,
+    context: Tensor | None = None,
+) -> Tensor:
+    """A chain of additive couplings whose conditioners are MLPs, given by their tensors.
+
+    Coupling l: ``x[shifted] += m_l([x[conditioning]; context])`` in order (inverse: ``-=``, in the
+    opposite order), m_l the linear layers ``couplings[l]``, pairs (weight, bias), with
+    ``activation`` between them; ``features[l]`` is (conditioning, shifted). Shapes: x (N, D),
+    context (N, K).
+
+    >>> import torch, nicefast as nf
+    >>> layers = [(torch.ones(1, 1), torch.zeros(1))]
+    >>> features = [(slice(0, 1), slice(1, 2))]
+    >>> nf.reference.couple(torch.tensor([[2.0, 3.0]]), [layers], features, "relu")
+    tensor([[2., 5.]])
+    """
+    steps = list(zip(couplings, features, strict=True))
+    for layers, (conditioning, shifted) in reversed(steps) if inverse else steps:
+        h = select_features(x, conditioning)
+        if context is not None:
+            h = torch.cat((h, context.to(h.dtype)), -1)
+        for k, (weight, bias) in enumerate(layers):
+            h = torch.nn.functional.linear(
+                h if k == 0 else ACTIVATIONS[activation](h), weight, bias
+            )
+        x = additive_coupling(x, h, shifted, inverse)
+    return x
 
 
 def check_prior(prior: str) -> str:

@@ -270,9 +270,13 @@ def test_parameters_are_never_stale():
 
 
 def test_explain(device):
-    text = make().explain()
-    assert "layer by layer: 3 couplings" in text
+    text = make().explain(rows=1000)
+    assert text.startswith("products: every coupling")
+    assert "1000 rows in 1 blocks" in text
+    assert "9 products, float32 operands" in text
+    assert "28 bytes" in text
     assert "plain PyTorch on cpu" in text
+    assert make().double().explain().startswith("layer by layer: float64 rows")
     with nf.set_backend("reference"):
         assert "'reference' was asked for" in make().explain()
     pytest.importorskip("triton", reason="needs Triton")

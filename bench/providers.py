@@ -1,0 +1,423 @@
+"""Everybody's additive flow from the same weights, and the gate that each passes before timing.
+
+A provider is a module with ``log_prob(x)`` and its linear layers in the order in which the
+couplings act. Couplings are the library's own; the scaling and the logistic prior are plain PyTorch
+for everybody but nicefast, since no peer has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+import nicefast as nf
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A flow and the rows it gets: half split, ReLU, logistic prior."""
+
+    features: int
+    hidden: tuple[int, ...]
+    rows: int
+    couplings: int = 4
+
+    def __post_init__(self) -> None:
+        if self.features % 2:
+            raise ValueError(f"features must be even for a half split, got {self.features}")
+
+    @property
+    def half(self) -> int:
+        return self.features // 2
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.half, *self.hidden, self.half)
+
+    @property
+    def title(self) -> str:
+        hidden = f"{self.hidden[0]} x {len(self.hidden)}"
+        return f"D={self.features}, hidden {hidden}, {self.couplings} couplings, {self.rows:,} rows"
+
+    def operations(self, training: bool) -> int:
+        """Floating-point operations of the matrix products in one call."""
+        each = [2 * self.rows * a * b for a, b in itertools.pairwise(self.widths)]
+        forward = self.couplings * sum(each)
+        # x needs no gradient, so neither does the input of the very first product
+        return 3 * forward - each[0] if training else forward
+
+
+class Weights(NamedTuple):
+    """For each coupling the (weight, bias) of each linear layer, and log_scale; float32."""
+
+    layers: list[list[tuple[Tensor, Tensor]]]
+    log_scale: Tensor
+
+
+def make_weights(shape: Shape, seed: int = 0) -> Weights:
+    """Random weights that keep activations, and the shifts, near one."""
+    g = torch.Generator().manual_seed(seed)
+
+    def linear(a: int, b: int, gain: float) -> tuple[Tensor, Tensor]:
+        weight = torch.randn(b, a, generator=g) * (gain / a) ** 0.5
+        return weight, 0.1 * torch.randn(b, generator=g)
+
+    *inner, last = itertools.pairwise(shape.widths)
+    layers = [
+        [linear(a, b, 2.0) for a, b in inner] + [linear(*last, 1.0)] for _ in range(shape.couplings)
+    ]
+    return Weights(layers, 0.1 * torch.randn(shape.features, generator=g))
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them; takes and ignores a context, as nflows passes one."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        return super().forward(x)
+
+
+def logistic_log_prob(h: Tensor, log_scale: Tensor) -> Tensor:
+    """Scaling and logistic prior as they are usually written."""
+    z = h * log_scale.exp()
+    return (-softplus(z) - softplus(-z)).sum(-1) + log_scale.sum()
+
+
+class Provider(nn.Module):
+    """Couplings of one library, then the plain scaling and prior.
+
+    Attributes:
+        linears: the linear layers of each coupling, in the order in which they act on x.
+        sign: -1 where the library subtracts the conditioner in the direction used here.
+    """
+
+    linears: list[list[nn.Linear]]
+    sign = 1
+
+    def __init__(self, shape: Shape, weights: Weights) -> None:
+        super().__init__()
+        self.shape = shape
+        self.log_scale = nn.Parameter(torch.zeros(shape.features))
+        self.build(shape)
+        self.load(weights)
+
+    def build(self, shape: Shape) -> None:
+        raise NotImplementedError
+
+    def latent(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """h before the scaling, and the couplings' log-determinant."""
+        raise NotImplementedError
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        h, log_det = self.latent(x)
+        return logistic_log_prob(h, self.log_scale) + log_det
+
+    @torch.no_grad()
+    def load(self, weights: Weights) -> None:
+        for linears, layers in zip(self.linears, weights.layers, strict=True):
+            for linear, (weight, bias) in zip(linears, layers, strict=True):
+                sign = self.sign if linear is linears[-1] else 1
+                linear.weight.copy_(sign * weight)
+                linear.bias.copy_(sign * bias)
+        self.log_scale.copy_(weights.log_scale)
+
+    def gradients(self) -> list[Tensor]:
+        """Of weights, biases and log_scale, in everybody's order and sign; detached copies."""
+        grads = []
+        for linears in self.linears:
+            for linear in linears:
+                sign = self.sign if linear is linears[-1] else 1
+                grads += [sign * p.grad for p in (linear.weight, linear.bias)]
+        return [*grads, self.log_scale.grad.clone()]
+
+
+class Plain(Provider):
+    """Half-split PyTorch as it is usually written."""
+
+    def build(self, shape: Shape) -> None:
+        self.nets = nn.ModuleList(MLP(shape.widths) for _ in range(shape.couplings))
+        self.linears = [_linears(net) for net in self.nets]
+
+    def latent(self, x: Tensor) -> tuple[Tensor, float]:
+        d = self.shape.half
+        for i, net in enumerate(self.nets):
+            a, b = x[:, :d], x[:, d:]
+            x = torch.cat((a + net(b), b) if i % 2 else (a, b + net(a)), 1)
+        return x, 0.0
+
+
+class Nicefast(Provider):
+    """This library."""
+
+    def build(self, shape: Shape) -> None:
+        self.flow = nf.NICE(shape.features, shape.hidden, shape.couplings, partition="half")
+        self.linears = [list(c.conditioner.linears) for c in self.flow.couplings]
+        self.log_scale = self.flow.scaling.log_scale
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.flow.log_prob(x)
+
+
+class Nflows(Provider):
+    """nflows: AdditiveCouplingTransform in a CompositeTransform."""
+
+    def build(self, shape: Shape) -> None:
+        from nflows.transforms import AdditiveCouplingTransform, CompositeTransform
+
+        masks = _shifted_masks(shape)
+        self.transform = CompositeTransform(
+            [
+                AdditiveCouplingTransform(mask, lambda a, b: MLP((a, *shape.hidden, b)))
+                for mask in masks
+            ]
+        )
+        self.linears = [_linears(t.transform_net) for t in self.transform._transforms]
+
+    def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform(x)
+
+
+class Normflows(Provider):
+    """normflows: AffineCouplingBlock(scale=False), the faster of its two ways to NICE.
+
+    Used from data to latent in its forward direction, which costs what its inverse does.
+    """
+
+    def build(self, shape: Shape) -> None:
+        import normflows
+
+        nets = [MLP(shape.widths) for _ in range(shape.couplings)]
+        flows = [
+            normflows.flows.AffineCouplingBlock(
+                net, scale=False, split_mode="channel_inv" if i % 2 else "channel"
+            )
+            for i, net in enumerate(nets)
+        ]
+        base = normflows.distributions.DiagGaussian(shape.features, trainable=False)
+        self.flow = normflows.NormalizingFlow(base, flows)
+        self.linears = [_linears(net) for net in nets]
+
+    def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.flow.forward_and_log_det(x)
+
+
+class Freia(Provider):
+    """FrEIA: NICECouplingBlock, two couplings each, in a SequenceINN.
+
+    A block shifts its first half first, so data go through it in reverse, where it subtracts.
+    """
+
+    sign = -1
+
+    def build(self, shape: Shape) -> None:
+        from FrEIA.framework import SequenceINN
+        from FrEIA.modules import NICECouplingBlock
+
+        if shape.couplings % 2:
+            raise ValueError("a NICECouplingBlock is two couplings")
+        self.inn = SequenceINN(shape.features)
+        for _ in range(shape.couplings // 2):
+            self.inn.append(
+                NICECouplingBlock, subnet_constructor=lambda a, b: MLP((a, *shape.hidden, b))
+            )
+        self.linears = [
+            _linears(net) for block in reversed(self.inn.module_list) for net in (block.G, block.F)
+        ]
+
+    def latent(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        return self.inn(x, rev=True)
+
+
+class Zuko(Provider):
+    """zuko: GeneralCouplingTransform of AdditiveTransform."""
+
+    def build(self, shape: Shape) -> None:
+        from zuko.flows.coupling import GeneralCouplingTransform
+        from zuko.lazy import LazyComposedTransform
+        from zuko.transforms import AdditiveTransform
+
+        self.transform = LazyComposedTransform(
+            *(
+                GeneralCouplingTransform(
+                    shape.features,
+                    mask=~mask.bool(),
+                    univariate=AdditiveTransform,
+                    shapes=[()],
+                    hidden_features=shape.hidden,
+                )
+                for mask in _shifted_masks(shape)
+            )
+        )
+        self.linears = [_linears(t.hyper) for t in self.transform.transforms]
+
+    def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform().call_and_ladj(x)
+
+
+PROVIDERS: dict[str, type[Provider]] = {
+    "plain": Plain,
+    "nicefast": Nicefast,
+    "nflows": Nflows,
+    "normflows": Normflows,
+    "FrEIA": Freia,
+    "zuko": Zuko,
+}
+PEERS = ("nflows", "normflows", "FrEIA", "zuko")
+
+
+def _linears(net: nn.Module) -> list[nn.Linear]:
+    return [m for m in net.modules() if hasattr(m, "weight")]  # zuko has a Linear of its own
+
+
+def _shifted_masks(shape: Shape) -> list[Tensor]:
+    """1 where a feature is shifted: the second half, the first, ..."""
+    second = (torch.arange(shape.features) >= shape.half).int()
+    return [1 - second if i % 2 else second for i in range(shape.couplings)]
+
+
+class Mode(NamedTuple):
+    """How a precision is asked for."""
+
+    name: str
+    matmul: str  # for torch.set_float32_matmul_precision
+    autocast: bool = False
+
+    def prepare(self) -> None:
+        torch.set_float32_matmul_precision(self.matmul)
+
+    def products(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast:
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+FLOAT32 = Mode("float32", "highest")
+MEDIUM = Mode("medium", "medium")
+AUTOCAST = Mode("autocast", "highest", autocast=True)
+# the first mode is the one whose error, in plain PyTorch, is what a precision allows: "medium" may
+# still be float32 products, where the processor has no faster ones in oneDNN's eyes
+PRECISIONS = {"float32": (FLOAT32,), "bf16": (AUTOCAST, MEDIUM)}
+
+
+def modes(provider: str, precision: str) -> tuple[Mode, ...]:
+    """The ways to ask a provider for a precision; of several, the fastest is reported."""
+    if provider == "nicefast" and precision == "bf16":
+        return (MEDIUM,)
+    return PRECISIONS[precision]
+
+
+def log_prob_call(model: Provider, mode: Mode) -> Callable[[Tensor], object]:
+    """``log_prob`` without gradients."""
+
+    @torch.no_grad()
+    def call(x: Tensor) -> Tensor:
+        with mode.products():
+            return model.log_prob(x)
+
+    return call
+
+
+def training_call(model: Provider, mode: Mode) -> Callable[[Tensor], object]:
+    """One step of maximum likelihood with torch's default Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+
+    def call(x: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with mode.products():
+            loss = -model.log_prob(x).mean()
+        loss.backward()
+        optimizer.step()
+
+    return call
+
+
+class Values(NamedTuple):
+    """What a provider computes: log_prob, and the gradients of its mean, if asked for."""
+
+    log_prob: Tensor
+    gradients: list[Tensor]
+
+
+def values(model: Provider, x: Tensor, mode: Mode, training: bool) -> Values:
+    mode.prepare()
+    if not training:
+        return Values(log_prob_call(model, mode)(x), [])
+    model.zero_grad(set_to_none=True)
+    with mode.products():
+        log_prob = model.log_prob(x)
+        loss = -log_prob.mean()
+    loss.backward()
+    found = Values(log_prob.detach(), model.gradients())
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+class Errors(NamedTuple):
+    """Against float64: largest of log_prob, and of gradients relative to their tensor's norm."""
+
+    log_prob: float
+    gradients: float
+
+
+# of a gradient's norm: a unit within rounding of relu's kink falls to either side of it, and one
+# row's share of the gradient comes or goes, for plain PyTorch as for everybody
+FLIPS = 1e-3
+
+
+class Gate:
+    """Lets a provider pass whose error against float64 is at most twice that of plain PyTorch."""
+
+    def __init__(self, shape: Shape, weights: Weights, x: Tensor) -> None:
+        self.shape, self.weights, self.x = shape, weights, x
+        self._plain = Plain(shape, weights)
+        self._exact_plain = Plain(shape, weights).double()
+        self._allowed: dict[tuple[str, bool], Errors] = {}
+
+    @cached_property
+    def exact(self) -> Values:
+        return values(self._exact_plain, self.x.double(), FLOAT32, training=True)
+
+    def errors(self, model: Provider, mode: Mode, training: bool) -> Errors:
+        got = values(model, self.x, mode, training)
+        if got.log_prob.shape != self.exact.log_prob.shape:
+            raise ValueError(f"log_prob of shape {tuple(got.log_prob.shape)}")
+        largest = (got.log_prob.double() - self.exact.log_prob).abs().max().item()
+        relative = [
+            ((g.double() - e).norm() / e.norm()).item()
+            for g, e in zip(got.gradients, self.exact.gradients, strict=False)
+        ]
+        # max() alone would lose a NaN
+        worst = torch.tensor(relative).max().item() if relative else 0.0
+        return Errors(largest, worst)
+
+    def allowed(self, precision: str, training: bool) -> Errors:
+        key = precision, training
+        if key not in self._allowed:
+            plain = self.errors(self._plain, PRECISIONS[precision][0], training)
+            eps = torch.finfo(torch.float32).eps
+            tiny = eps * self.exact.log_prob.abs().max().item()
+            self._allowed[key] = Errors(2 * plain.log_prob + tiny, 2 * plain.gradients + FLIPS)
+        return self._allowed[key]
+
+    def check(
+        self, model: Provider, precision: str, mode: Mode, training: bool
+    ) -> tuple[Errors, str | None]:
+        """Its errors in one of the precision's modes, and what is wrong with them, if anything."""
+        found, allowed = self.errors(model, mode, training), self.allowed(precision, training)
+        for what, error, most in zip(("log_prob", "gradients"), found, allowed, strict=True):
+            if not error <= most:
+                return found, f"{what} is off by {error:.1e}, allowed {most:.1e}"
+        return found, None

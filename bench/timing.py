@@ -1,0 +1,222 @@
+"""Timings that can be compared on a machine shared with others: in turn, medians, page faults."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# glibc either keeps the memory that is freed to it, so that page faults end with the warm-up, or
+# does as it does by default; each state is a process of its own
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "no-faults": {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "MALLOC_TOP_PAD_": str(1 << 28),
+    },
+    "default": {},
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something to time: ``run(input)``, after ``prepare()``, which is not timed."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds and minor page faults of one call: median, 20 % and 80 % quantiles."""
+
+    median: float
+    low: float
+    high: float
+    faults: float
+    rounds: int
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile, linear between the two nearest values."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+def order(names: Sequence[str], turn: int) -> list[str]:
+    """Who goes when in round ``turn``: rotated by one each round, every other cycle backwards."""
+    start = turn % len(names)
+    turned = [*names[start:], *names[:start]]
+    return turned[::-1] if turn // len(names) % 2 else turned
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    inputs: Sequence[Any],
+    rounds: int = 9,
+    seconds: float = 0.0,
+    warmup: int = 2,
+) -> dict[str, Timing]:
+    """Time the calls in turn, for at least ``rounds`` rounds and ``seconds`` seconds.
+
+    Every call gets the next of ``inputs``. What a call returns is freed before its time is taken.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    faults: dict[str, list[float]] = {name: [] for name in calls}
+    stream = itertools.cycle(inputs)
+    names = list(calls)
+    for _, name in itertools.product(range(warmup), names):
+        _timed(calls[name], next(stream))
+    gc.collect()
+    gc.disable()
+    try:
+        stop = time.perf_counter() + seconds
+        for turn in itertools.count():
+            if not names or (turn >= rounds and time.perf_counter() >= stop):
+                break
+            for name in order(names, turn):
+                elapsed, faulted = _timed(calls[name], next(stream))
+                times[name].append(elapsed)
+                faults[name].append(faulted)
+    finally:
+        gc.enable()
+    return {
+        name: Timing(
+            quantile(t, 0.5),
+            quantile(t, 0.2),
+            quantile(t, 0.8),
+            quantile(faults[name], 0.5),
+            len(t),
+        )
+        for name, t in times.items()
+    }
+
+
+def _timed(call: Call, given: Any) -> tuple[float, int]:
+    call.prepare()
+    before = _page_faults()
+    start = time.perf_counter()
+    call.run(given)
+    elapsed = time.perf_counter() - start
+    return elapsed, _page_faults() - before
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def product_calls(dtype: torch.dtype, size: int = 2048) -> tuple[dict[str, Call], int]:
+    """Large matrix products as PyTorch and as oneDNN with packed weights; operations of one."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    calls = {"torch.mm": Call(lambda _: torch.mm(a, b, out=out), _highest)}
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
+        linear = torch.ops.mkldnn._linear_pointwise
+        calls["oneDNN"] = Call(lambda _: linear(a, packed, None, "none", [], ""), _highest)
+    return calls, 2 * size**3
+
+
+def _highest() -> None:
+    torch.set_float32_matmul_precision("highest")
+
+
+def input_sets(bytes_each: int) -> int:
+    """How many inputs are together twice the size of the last-level cache."""
+    return max(2, -(-2 * cache_bytes() // bytes_each))
+
+
+def cache_bytes() -> int:
+    """Size of the largest cache, 32 MiB where the system does not say."""
+    unit = {"K": 1 << 10, "M": 1 << 20}
+    sizes = [
+        int(text[:-1]) * unit[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text().strip())[-1:] in unit
+    ]
+    return max(sizes, default=32 << 20)
+
+
+def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What the figures depend on: processor, threads, versions, commit."""
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "cpu": _cpu_name(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(),
+        "huge_pages": huge.read_text().strip() if huge.exists() else None,
+        "libc": " ".join(platform.libc_ver()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": dict(_versions(packages)),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def allocator_environment(name: str) -> dict[str, str]:
+    """This process's environment with the C library's allocator in the named state."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("MALLOC_") and k not in ("GLIBC_TUNABLES", "LD_PRELOAD")
+    }
+    return kept | ALLOCATORS[name]
+
+
+def rerun(module: str, arguments: Sequence[str], allocator: str) -> int:
+    """Run a module of this project in a fresh process with the named allocator state."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=allocator_environment(allocator), check=False).returncode
+
+
+def _versions(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for package in packages:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

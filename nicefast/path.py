@@ -1,0 +1,199 @@
+"""Which way a call takes through a flow, and why: decided here and nowhere else.
+
+    products         the couplings as nothing but matrix products (nicefast.products): on the CPU
+                     in blocks of rows that stay in the cache
+    layer by layer   every module called in turn: any conditioner, any dtype, any transformation
+
+A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user
+never has to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import backend
+from .layers import MLP, AdditiveCoupling
+from .products import Chain, Layers
+from .roofline import ceilings
+
+REBUILD_WIDTH = 128  # up to this hidden width the backward pass rebuilds activations
+DEVICES = ("cpu", "cuda")
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Path(NamedTuple):
+    """The way a call takes: ``chain`` where the couplings go through products in one piece."""
+
+    name: str
+    reason: str
+    chain: Chain | None = None
+
+    def describe(self, rows: int, features: int, device: torch.device) -> str:
+        """Path, block, precision, products, bytes, and the least time for each row."""
+        lines = [f"{self.name}: {self.reason}"]
+        if self.chain is None:
+            return lines[0]
+        chain, cut = self.chain, self.chain.cut(rows, device)
+        operands = "bfloat16" if chain.bfloat16 else "float32"
+        moved = 4 * features + 4
+        measured = ceilings(device, chain.bfloat16, torch.get_float32_matmul_precision())
+        least = measured.seconds(chain.flops, moved)
+        gradient = "rebuilds activations" if chain.rebuild else "keeps activations"
+        return "\n".join(
+            (
+                *lines,
+                f"{rows} rows in {len(cut)} blocks of at most {cut.size}, {cut.threads} in flight",
+                f"{chain.products} products, {operands} operands, float32 sums and stream, "
+                f"float32 matmul precision '{torch.get_float32_matmul_precision()}'",
+                f"for each row {chain.flops:,} flop and {moved} bytes (x in, log_prob out): at "
+                f"least {least * 1e9:.3g} ns here, by {measured.flops / 1e9:.3g} GFLOP/s and "
+                f"{measured.bytes / 1e9:.3g} GB/s, measured",
+                f"the backward pass {gradient} ({chain.width} hidden units at most)",
+            )
+        )
+
+
+def choose_path(
+    couplings: Sequence[nn.Module],
+    x: Tensor,
+    context: Tensor | None = None,
+) -> Path:
+    """The path of rows ``x`` (N, D) through ``couplings``, and the reason for it.
+
+    >>> import torch, nicefast as nf
+    >>> flow = nf.NICE(4, hidden=(8,))
+    >>> nf.choose_path(flow.couplings, torch.zeros(1, 4)).name
+    'products'
+    >>> nf.choose_path(flow.couplings, torch.zeros(1, 4).double()).reason
+    'float64 rows'
+    """
+    reason = _why_call_needs_layers(x, context)
+    if reason is None:
+        found = _read(couplings, x, context)
+        if isinstance(found, Chain):
+            return Path("products", "every coupling is an MLP's, on one partition", found)
+        reason = found
+    return Path("layer by layer", reason)
+
+
+def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile sees every operation"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms every operation"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
+    for t in (x,) if context is None else (x, context):
+        if type(t) not in _PLAIN:
+            return f"rows or context of type {type(t).__name__}"
+    if x.dtype != torch.float32 or (context is not None and context.dtype == torch.float64):
+        wide = x if context is None or x.dtype != torch.float32 else context
+        return f"{str(wide.dtype).removeprefix('torch.')} rows"
+    if x.device.type not in DEVICES:
+        return f"device {x.device}"
+    name = backend.get_backend()
+    if name != "auto":
+        return f"backend '{name}' was asked for"
+    if _autocast(x.device) not in (None, torch.bfloat16):
+        return f"autocast to {_autocast(x.device)}"
+    return None
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def uses_bfloat16(device: torch.device) -> bool:
+    """Whether products take bfloat16 operands: by autocast, or by the float32 matmul precision
+    ``"medium"`` where the device has instructions for them."""
+    if _autocast(device) is torch.bfloat16:
+        return True
+    if torch.get_float32_matmul_precision() != "medium":
+        return False
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def _read(couplings: Sequence[nn.Module], x: Tensor, context: Tensor | None) -> Chain | str:
+    """The couplings as plain tensors, or why they can't be seen as such."""
+    if nn.modules.module._has_any_global_hook():
+        return "global module hooks"
+    read = []
+    for i, coupling in enumerate(couplings):
+        layers = _layers(coupling)
+        if isinstance(layers, str):
+            return f"coupling {i}: {layers}"
+        read.append(layers)
+    known = cast("Sequence[AdditiveCoupling]", couplings)
+    first, other = known[0].partition, ~known[0].partition
+    sides = (first.locate(x.device, True), first.locate(x.device, False))
+    mlp = cast("MLP", known[0].conditioner)
+    conditions = []
+    for i, (coupling, layers) in enumerate(zip(known, read, strict=True)):
+        own = cast("MLP", coupling.conditioner)
+        if coupling.partition not in (first, other):
+            return f"coupling {i}: a partition of its own"
+        if (own.activation, own.context) != (mlp.activation, mlp.context):
+            return f"coupling {i}: another activation or context than the first"
+        side = 0 if coupling.partition == first else 1
+        width, goal = sides[side].size + own.context, sides[1 - side].size
+        for weight, bias in layers:
+            for t in (weight, bias):
+                if t.dtype != torch.float32 or t.device != x.device or type(t) not in _PLAIN:
+                    return f"coupling {i}: parameters that are no float32 tensors on {x.device}"
+            if weight.shape != (len(bias), width):
+                return f"coupling {i}: weights {tuple(weight.shape)} for {width} inputs"
+            width = len(bias)
+        if width != goal:
+            return f"coupling {i}: {width} outputs for {goal} shifted features"
+        conditions.append(side)
+    if (context is None) != (mlp.context == 0):
+        return "the context is missing or unexpected"
+    width = max(len(bias) for layers in read for _, bias in layers[:-1])
+    return Chain(
+        couplings=tuple(read),
+        conditions=tuple(conditions),
+        sides=sides,
+        activation=mlp.activation,
+        context=mlp.context,
+        bfloat16=uses_bfloat16(x.device),
+        rebuild=width <= REBUILD_WIDTH,
+    )
+
+
+def _layers(coupling: nn.Module) -> Layers | str:
+    """The linear layers of a coupling, or why it can't be computed from them alone."""
+    mlp = coupling._modules.get("conditioner")
+    if type(coupling) is not AdditiveCoupling or type(mlp) is not MLP:
+        other = mlp if type(coupling) is AdditiveCoupling else coupling
+        return f"a {type(other).__name__}, whose inside is not known"
+    linears = list(cast("nn.ModuleList", mlp._modules["linears"])._modules.values())
+    if len(linears) < 2:
+        return "no hidden layer"
+    layers = []
+    for module in (coupling, mlp, *linears):
+        if (
+            module is None
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return "hooks, or a forward of its own"
+    for linear in linears:
+        parameters = () if linear is None else tuple(linear._parameters.values())
+        if (
+            type(linear) is not nn.Linear
+            or len(parameters) != 2
+            or any(p is None for p in parameters)
+        ):
+            return "a layer that is no plain nn.Linear"
+        layers.append(parameters)
+    return cast("Layers", tuple(layers))

@@ -1,0 +1,346 @@
+"""Couplings as products: values and gradients against float64, memory, products, threads."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nicefast as nf
+from helpers import assert_three_way
+from nicefast import products
+from nicefast.blocks import Blocks
+from nicefast.reference import ACTIVATIONS
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """Batches of these tests in one block, or in many that several threads compute."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(products, "BLOCK_ELEMENTS", 2048)
+        monkeypatch.setattr(products, "LEAST_FLOPS", 0)
+        monkeypatch.setattr(products, "ROWS_PER_WIDTH", 0)
+
+
+@pytest.fixture(params=["rebuilt", "kept"])
+def activations(request, monkeypatch):
+    monkeypatch.setattr("nicefast.path.REBUILD_WIDTH", 10**6 if request.param == "rebuilt" else 0)
+
+
+def make(features=7, **options):
+    model = nf.NICE(features, **{"hidden": (16, 24), "couplings": 3, **options})
+    with torch.no_grad():
+        model.scaling.log_scale.normal_(0, 0.3)
+        for coupling in model.couplings:
+            coupling.conditioner.linears[-1].reset_parameters()
+    return model
+
+
+def inputs(model, n):
+    x = torch.randn(n, model.features)
+    return x, torch.randn(n, model.context) if model.context else None
+
+
+def with_gradients(model, call, x, c, cotangent):
+    x = x.detach().requires_grad_()
+    c = None if c is None else c.detach().requires_grad_()
+    value = call(model)(x, c)
+    value = value[0] if isinstance(value, tuple) else value
+    wanted = [x, *([] if c is None else [c]), *(p for p in model.parameters())]
+    grads = torch.autograd.grad(value, wanted, cotangent.to(value.dtype), allow_unused=True)
+    return value, [
+        torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)
+    ]
+
+
+def check(model, call, n):
+    x, c = inputs(model, n)
+    shape = call(model)(x, c)
+    cotangent = torch.randn((shape[0] if isinstance(shape, tuple) else shape).shape)
+    got = with_gradients(model, call, x, c, cotangent)
+    with nf.set_backend("reference"):
+        plain = with_gradients(model, call, x, c, cotangent)
+    wide = copy.deepcopy(model).double()
+    exact = with_gradients(wide, call, x.double(), None if c is None else c.double(), cotangent)
+    assert_three_way(got[0], plain[0], exact[0])
+    for g, p, e in zip(got[1], plain[1], exact[1], strict=True):
+        assert_three_way(g, p, e)
+
+
+CALLS = [lambda m: m.log_prob, lambda m: m.forward, lambda m: m.inverse]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["log_prob", "forward", "inverse"])
+@pytest.mark.parametrize("partition", ["half", "alternating", "random"])
+@pytest.mark.parametrize("context", [0, 3])
+def test_values_and_gradients(blocks, activations, call, partition, context):
+    model = make(partition=partition, context=context, activation="tanh")
+    for n in (0, 1, 50, 333):
+        check(model, call, n)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(blocks, activations, activation):
+    assert products.ACTIVATIONS.keys() == ACTIVATIONS.keys()
+    check(make(activation=activation, context=2), lambda m: m.log_prob, 200)
+
+
+@pytest.mark.parametrize("hidden", [(300, 300), (1, 200)])
+def test_large_enough_for_onednn(activations, hidden):
+    model = make(40, hidden=hidden, activation="silu")
+    assert 2 * 500 * hidden[1] * hidden[0] >= products.ONEDNN_FLOPS or hidden[0] == 1
+    check(model, lambda m: m.log_prob, 500)
+
+
+def test_weights_are_packed_where_there_are_many_blocks(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN_FLOPS", 0)
+    monkeypatch.setattr(products, "PACK_BLOCKS", 0)
+    for activation in ACTIVATIONS:
+        model = make(activation=activation)
+        x = torch.randn(100, 7)
+        with torch.no_grad():
+            got = model.log_prob(x)
+            with nf.set_backend("reference"):
+                plain = model.log_prob(x)
+        exact = copy.deepcopy(model).double().log_prob(x.double())
+        assert_three_way(got, plain, exact)
+
+
+@pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_are_never_lost(monkeypatch, activation, least):
+    """A NaN in a conditioning feature reaches every shifted one, through every activation."""
+    monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
+    model = make(6, activation=activation, partition="half", couplings=1)
+    x = torch.randn(20, 6)
+    x[3, 1] = torch.nan
+    with torch.no_grad():
+        z, _ = model(x)
+        assert z[3, 3:].isnan().all()
+        assert z[[0, 1, 2, *range(4, 20)]].isfinite().all()
+        assert model.log_prob(x).isnan().nonzero().flatten().tolist() == [3]
+        model.couplings[0].conditioner.linears[0].weight[0, 0] = torch.nan
+        assert model.log_prob(x).isnan().all()
+
+
+def test_weights_are_never_out_of_date():
+    """However a parameter is changed, also behind autograd's back, the next result has it."""
+    model, x = make(hidden=(300, 300)), torch.randn(5000, 7)
+
+    def both():
+        with torch.no_grad():
+            got = model.log_prob(x)
+            with nf.set_backend("reference"):
+                assert torch.allclose(got, model.log_prob(x), rtol=1e-4, atol=1e-4)
+            return got
+
+    seen = [both()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    (-model.log_prob(x).mean()).backward()
+    optimizer.step()
+    seen.append(both())
+    model.load_state_dict(make(hidden=(300, 300)).state_dict())
+    seen.append(both())
+    for p in model.parameters():
+        p.data.mul_(0.5)
+    seen.append(both())
+    model.couplings[0].conditioner.linears[1].weight = torch.nn.Parameter(torch.zeros(300, 300))
+    seen.append(both())
+    model.double().float()
+    for a, b in itertools.pairwise(seen):
+        assert not torch.equal(a, b)
+
+
+class Saved:
+    """Bytes of distinct tensors that autograd stores for the backward pass."""
+
+    def __init__(self):
+        self.storages = {}
+
+    def pack(self, t):
+        storage = t.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    def of(self, call):
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t):
+            call()
+        return sum(self.storages.values())
+
+
+def test_memory_of_narrow_flows_does_not_grow_with_depth():
+    x = torch.randn(4096, 8)
+    saved = {}
+    for couplings in (4, 64):
+        model = nf.NICE(8, hidden=(32, 32), couplings=couplings)
+        loss = []
+        saved[couplings] = Saved().of(lambda m=model, k=loss: k.append(m.log_prob(x).mean()))
+        node = loss[0].grad_fn
+        nodes = [node]
+        while nodes:  # nothing is kept on the side either
+            node = nodes.pop()
+            assert getattr(node, "kept", None) is None
+            nodes += [n for n, _ in node.next_functions if n is not None]
+    assert saved[4] == saved[64]
+    with nf.set_backend("reference"):
+        grows = [
+            Saved().of(lambda c=c: nf.NICE(8, hidden=(32, 32), couplings=c).log_prob(x))
+            for c in (4, 64)
+        ]
+    assert grows[1] > 8 * grows[0] > 8 * saved[4]
+
+
+class Operators(TorchDispatchMode):
+    """The operators that compute something: no views, no allocations."""
+
+    FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias", "split")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.split(".")[0] not in self.FREE and "split" not in name:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def products(self):
+        names = ("mm", "addmm", "addmm_", "_linear_pointwise", "linear", "_addmm_activation")
+        return [n for n in self.seen if n in names]
+
+
+@pytest.mark.parametrize("partition", ["half", "alternating"])
+def test_a_wide_log_prob_is_products_and_three_kernels(partition):
+    model = nf.NICE(784, hidden=(1000,) * 5, couplings=4, partition=partition)
+    x = torch.randn(64, 784)
+    with torch.no_grad(), Operators() as operators:
+        model.log_prob(x)
+    counted = operators.seen
+    assert len(operators.products()) == 4 * 6
+    assert len(counted) <= 4 * 6 + 3, counted
+
+
+def test_a_rebuilding_step_takes_at_most_a_third_more_products():
+    model = nf.NICE(8, hidden=(32, 32, 32), couplings=4)
+    x = torch.randn(50, 8)
+
+    def count():
+        with Operators() as operators:
+            torch.autograd.grad(model.log_prob(x).mean(), list(model.parameters()))
+        return len(operators.products())
+
+    rebuilt = count()
+    with nf.set_backend("reference"):
+        plain = count()
+    # the reference leaves out the gradient of x, which nobody asked for: one product of the first
+    assert rebuilt <= 1.34 * (plain + 1)
+
+
+def test_the_same_bits_every_time(blocks, activations):
+    model, (x, _) = make(), inputs(make(), 500)
+
+    def step():
+        loss = model.log_prob(x).mean()
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    assert all(map(torch.equal, step(), step()))
+
+
+def test_round_trip_is_no_worse_than_the_plain_one():
+    model = make(16, hidden=(64, 64), couplings=8)
+    x = torch.randn(2000, 16)
+    with torch.no_grad():
+        error = (model.inverse(model(x)[0])[0] - x).abs().max()
+        with nf.set_backend("reference"):
+            plain = (model.inverse(model(x)[0])[0] - x).abs().max()
+    assert error <= 2 * plain
+
+
+def test_second_derivatives(activations):
+    model = make(4, hidden=(8,), activation="tanh", context=2)
+    x, c = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+
+    def curvature():
+        (g,) = torch.autograd.grad(model.log_prob(x, c).sum(), x, create_graph=True)
+        wanted = [x, c, *model.couplings.parameters()]
+        return torch.autograd.grad(g.square().sum(), wanted, allow_unused=True)
+
+    got = curvature()
+    with nf.set_backend("reference"):
+        want = curvature()
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        assert g is None or torch.allclose(g, w, atol=1e-4)
+
+
+def test_a_parameter_changed_before_backward_is_an_error():
+    model = make()
+    loss = model.log_prob(torch.randn(5, 7)).sum()
+    with torch.no_grad():
+        model.couplings[0].conditioner.linears[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
+        loss.backward()
+
+
+def test_bfloat16_products_are_as_good_as_autocast_s(blocks, activations):
+    model = make(16, hidden=(64, 64), activation="tanh")
+    x = torch.randn(400, 16)
+    exact = copy.deepcopy(model).double().log_prob(x.double()).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.log_prob(x)
+        with nf.set_backend("reference"):
+            plain = model.log_prob(x)
+    assert got.dtype == torch.float32
+    assert 0 < (got - exact).abs().max() <= 2 * (plain - exact).abs().max()
+    got.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_parameters_that_need_no_gradient():
+    model = make()
+    for p in model.couplings[0].parameters():
+        p.requires_grad_(False)
+    model.log_prob(torch.randn(5, 7)).sum().backward()
+    assert all((p.grad is None) == (not p.requires_grad) for p in model.parameters())
+    x = torch.randn(5, 7, requires_grad=True)
+    model.requires_grad_(False)
+    model.log_prob(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_inference_mode(blocks):
+    model = make()
+    x = torch.randn(300, 7)
+    with torch.inference_mode():
+        inside = model.log_prob(x)
+    assert torch.equal(inside, model.log_prob(x))
+
+
+def test_blocks_cover_all_rows_once():
+    for rows in (0, 1, 7, 100, 4097):
+        for most in (1, 3, 64, 10_000):
+            for least in (0, 50):
+                cut = Blocks(rows, most, least, torch.device("cpu"))
+                covered = [r for i in range(len(cut)) for r in range(rows)[cut[i]]]
+                assert covered == list(range(rows))
+                assert cut.size <= most
+                shares = cut.deal(list)
+                assert sorted(i for s in shares for i in s) == list(range(len(cut)))
+
+
+def test_an_error_in_a_block_is_the_caller_s():
+    cut = Blocks(100, 10, 0, torch.device("cpu"))
+
+    def work(share):
+        raise ArithmeticError(f"block {share[0]}")
+
+    with pytest.raises(ArithmeticError, match="block 0"):
+        cut.deal(work)
+
+
+def test_threads_keep_their_number():
+    before = torch.get_num_threads()
+    Blocks(100, 10, 0, torch.device("cpu")).deal(lambda share: None)
+    assert torch.get_num_threads() == before
