@@ -45,11 +45,11 @@ class Blocks:
     def __getitem__(self, i: int) -> slice:
         return slice(i * self.size, min((i + 1) * self.size, self.rows))
 
-    def deal(self, work: Callable[[range], T], alone: bool = False) -> list[T]:
+    def deal(self, work: Callable[[range], T]) -> list[T]:
         """``work(share)`` for each thread's share of the blocks; results in the order of shares.
 
         Without gradients or autocast. A single share runs in the caller's thread, where operations
-        use all of PyTorch's threads; ``alone`` makes it so.
+        use all of PyTorch's threads.
         """
         inference = torch.is_inference_mode_enabled()
 
@@ -62,7 +62,7 @@ class Blocks:
                 return work(share)
 
         _settle_allocator()
-        threads = 1 if alone else max(1, min(self.threads, len(self)))
+        threads = max(1, min(self.threads, len(self)))
         shares = [range(i, len(self), threads) for i in range(threads)]
         if len(shares) == 1:
             return [run(shares[0])]

@@ -124,10 +124,12 @@ class Chain:
         """The couplings in the order in which they are computed."""
         return list(range(len(self.couplings)))[:: -1 if inverse else 1]
 
-    def cut(self, rows: int, device: torch.device) -> Blocks:
+    def cut(self, rows: int, device: torch.device, training: bool = False) -> Blocks:
         most = (BLOCK_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // self.width
         most = max(1, most)
-        return Blocks(rows, most, LEAST_FLOPS // self.flops, device)
+        # with few rows for the size of the weights, one more set of gradients costs too much
+        alone = training and rows < ROWS_PER_WIDTH * self.width
+        return Blocks(rows, most, rows if alone else LEAST_FLOPS // self.flops, device)
 
 
 class Kept(NamedTuple):
@@ -150,7 +152,7 @@ def couple(
     What the gradient needs goes into ``kept``, by block, where it is given.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    cut = chain.cut(len(x), x.device)
+    cut = chain.cut(len(x), x.device, training=kept is not None)
     products = _Products(chain, x.device, packed=kept is None and len(cut) > PACK_BLOCKS)
 
     def work(share: range) -> None:
@@ -189,7 +191,7 @@ def couple_backward(
     Those of the parameters are summed over the blocks of a thread, then over threads, in a fixed
     order: the same bits every time.
     """
-    cut = chain.cut(len(y), y.device)
+    cut = chain.cut(len(y), y.device, training=True)
     products = _Products(chain, y.device, packed=False)
     grad_x = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     grad_c = None
@@ -198,9 +200,15 @@ def couple_backward(
     steps, parameters = chain.steps(not inverse), chain.parameters
 
     def work(share: range) -> list[Tensor]:
-        # biases in float64: a sum of sums over blocks, next to a plain step's pairwise one
-        wide = (torch.float32, torch.float64)
-        sums = [torch.zeros(t.shape, dtype=wide[t.ndim == 1], device=t.device) for t in parameters]
+        # biases' in float64: a sum of sums over blocks, next to a plain step's pairwise one
+        sums = [
+            torch.zeros(t.shape, dtype=torch.float64, device=t.device)
+            if t.ndim == 1
+            else torch.empty(t.shape, device=t.device)
+            for t in parameters
+        ]
+        if not share:
+            return [t.zero_() for t in sums]
         first = list(itertools.accumulate((2 * len(c) for c in chain.couplings), initial=0))
         for i in share:
             c = None if context is None else products.operand(context[cut[i]])
@@ -216,12 +224,13 @@ def couple_backward(
                     if step + 1 < len(steps):  # the chain's own input is not asked for
                         pair[1 - side] = products.shift(index, k, pair[1 - side], not inverse)
                 into = sums[first[index] : first[index + 1]]
-                products.backward(index, k, c, g[1 - side], g[side], gc, into, inverse)
+                products.backward(
+                    index, k, c, g[1 - side], g[side], gc, into, inverse, first=i == share[0]
+                )
             _put_together(grad_x[cut[i]], g, chain.sides)
         return sums
 
-    # with few rows for the size of the weights, one more set of sums costs more than it saves
-    total, *others = cut.deal(work, alone=len(y) < ROWS_PER_WIDTH * chain.width)
+    total, *others = cut.deal(work)
     for sums in others:
         torch._foreach_add_(total, sums)
     return Gradients(grad_x, grad_c, [t.float() for t in total])
@@ -287,18 +296,22 @@ class _Products:
         grad_c: Tensor | None,
         sums: list[Tensor],
         inverse: bool,
+        first: bool,
     ) -> None:
-        """Add coupling ``index``'s share to the gradients of y1, context and parameters."""
+        """Add coupling ``index``'s share to the gradients of y1, context and parameters.
+
+        The ``first`` share of the weights' is written over whatever ``sums`` holds.
+        """
         d = self.operand(-grad_y2 if inverse else grad_y2)
         for k in range(len(self.biases[index]) - 1, -1, -1):
             grad_w, grad_b = sums[2 * k], sums[2 * k + 1]
             grad_b.add_(d.sum(0, dtype=torch.float64))
             if k == 0 and c is not None and grad_c is not None:
                 x_columns = grad_w.shape[1] - c.shape[1]
-                _add_product(grad_w[:, x_columns:], d.t(), c)
+                _add_product(grad_w[:, x_columns:], d.t(), c, first)
                 grad_w = grad_w[:, :x_columns]
                 _add_product(grad_c, d, self.context_weights[index])
-            _add_product(grad_w, d.t(), kept.operands[k])
+            _add_product(grad_w, d.t(), kept.operands[k], first)
             if k == 0:
                 _add_product(grad_y1, d, self.weights[index][0])
                 break
@@ -345,9 +358,12 @@ class _Products:
         return self.activation.apply_(y) if activate else y
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """``total += a b``; the ``first`` time ``total = a b``, whatever it was."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(torch.mm(a, b))
     else:
         total.add_(torch.mm(a, b))
 
