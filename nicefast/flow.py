@@ -227,7 +227,7 @@ class NICE(nn.Module):
         device = log_scale.device
         like = torch.empty(1, self.features, dtype=self.dtype, device=device)
         context = like.new_empty(1, self.context) if self.context else None
-        path = choose_path(self._couplings(), like, context)
+        path = choose_path(self, like, context)
         elementwise = f"element-wise operations: {backend.describe(device)}"
         return f"{path.describe(rows, self.features, device)}\n{elementwise}"
 
@@ -262,7 +262,7 @@ class NICE(nn.Module):
 
     def _couple(self, h: Tensor, context: Tensor | None, inverse: bool = False) -> Tensor:
         """Rows through all couplings (inverse: back), by the path that suits them."""
-        path = choose_path(self._couplings(), h, context)
+        path = choose_path(self, h, context)
         if path.chain is not None:
             return F.couple(path.chain, h, context, inverse)
         for coupling in reversed(self._couplings()) if inverse else self._couplings():

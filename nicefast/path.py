@@ -11,7 +11,7 @@ never has to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .roofline import ceilings
 
 REBUILD_WIDTH = 128  # up to this hidden width the backward pass rebuilds activations
 DEVICES = ("cpu", "cuda")
+LAYERS = "layer by layer"
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -35,9 +36,8 @@ class Path(NamedTuple):
 
     def describe(self, rows: int, features: int, device: torch.device) -> str:
         """Path, block, precision, products, bytes, and the least time for each row."""
-        lines = [f"{self.name}: {self.reason}"]
         if self.chain is None:
-            return lines[0]
+            return f"{self.name}: {self.reason}"
         chain, cut = self.chain, self.chain.cut(rows, device)
         operands = "bfloat16" if chain.bfloat16 else "float32"
         moved = 4 * features + 4
@@ -46,7 +46,7 @@ class Path(NamedTuple):
         gradient = "rebuilds activations" if chain.rebuild else "keeps activations"
         return "\n".join(
             (
-                *lines,
+                f"{self.name}: {self.reason}",
                 f"{rows} rows in {len(cut)} blocks of at most {cut.size}, {cut.threads} in flight",
                 f"{chain.products} products, {operands} operands, float32 sums and stream, "
                 f"float32 matmul precision '{torch.get_float32_matmul_precision()}'",
@@ -58,27 +58,29 @@ class Path(NamedTuple):
         )
 
 
-def choose_path(
-    couplings: Sequence[nn.Module],
-    x: Tensor,
-    context: Tensor | None = None,
-) -> Path:
-    """The path of rows ``x`` (N, D) through ``couplings``, and the reason for it.
+class Flow(Protocol):
+    """What is asked of a :class:`nicefast.NICE`, which lives one floor up."""
+
+    couplings: nn.ModuleList
+
+
+def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
+    """The path of rows ``x`` (N, D) through ``flow``, and the reason for it.
 
     >>> import torch, nicefast as nf
     >>> flow = nf.NICE(4, hidden=(8,))
-    >>> nf.choose_path(flow.couplings, torch.zeros(1, 4)).name
+    >>> nf.choose_path(flow, torch.zeros(1, 4)).name
     'products'
-    >>> nf.choose_path(flow.couplings, torch.zeros(1, 4).double()).reason
+    >>> nf.choose_path(flow, torch.zeros(1, 4).double()).reason
     'float64 rows'
     """
     reason = _why_call_needs_layers(x, context)
-    if reason is None:
-        found = _read(couplings, x, context)
-        if isinstance(found, Chain):
-            return Path("products", "every coupling is an MLP's, on one partition", found)
-        reason = found
-    return Path("layer by layer", reason)
+    if reason is not None:
+        return Path(LAYERS, reason)
+    chain = _read(list(flow.couplings), x, context)
+    if not isinstance(chain, Chain):
+        return Path(LAYERS, chain)
+    return Path("products", "every coupling is an MLP's, on one partition", chain)
 
 
 def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
@@ -96,9 +98,8 @@ def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
         return f"{str(wide.dtype).removeprefix('torch.')} rows"
     if x.device.type not in DEVICES:
         return f"device {x.device}"
-    name = backend.get_backend()
-    if name != "auto":
-        return f"backend '{name}' was asked for"
+    if backend.get_backend() != "auto":
+        return f"backend '{backend.get_backend()}' was asked for"
     if _autocast(x.device) not in (None, torch.bfloat16):
         return f"autocast to {_autocast(x.device)}"
     return None
@@ -177,16 +178,8 @@ def _layers(coupling: nn.Module) -> Layers | str:
     if len(linears) < 2:
         return "no hidden layer"
     layers = []
-    for module in (coupling, mlp, *linears):
-        if (
-            module is None
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
-            return "hooks, or a forward of its own"
+    if any(module is None or _is_watched(module) for module in (coupling, mlp, *linears)):
+        return "hooks, or a forward of its own"
     for linear in linears:
         parameters = () if linear is None else tuple(linear._parameters.values())
         if (
@@ -197,3 +190,14 @@ def _layers(coupling: nn.Module) -> Layers | str:
             return "a layer that is no plain nn.Linear"
         layers.append(parameters)
     return cast("Layers", tuple(layers))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling it does anything but its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
