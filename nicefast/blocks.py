@@ -75,8 +75,10 @@ class Blocks:
 
 
 def _threads() -> int:
-    """How many blocks are in flight: as many as PyTorch's threads, 1 where they can't be split."""
+    """How many blocks are in flight: as many as PyTorch has threads, where they can be split."""
     if getattr(_here, "is_worker", False) or not _openmp():
+        return 1
+    if torch._C._len_torch_dispatch_stack():  # a mode sees the operations of its own thread alone
         return 1
     return min(torch.get_num_threads(), MOST_THREADS)
 

@@ -30,14 +30,14 @@ def scale_log_prob(
 ) -> tuple[Tensor, Tensor]:
     """``(z, log_prob)``; z is empty unless asked for."""
     n, d = h.shape
-    z = torch.empty((n, d) if return_z else (0,))
-    log_prob = torch.empty(n)
+    z = h.new_empty((n, d) if return_z else (0,))
+    log_prob = h.new_empty(n)
     scale = log_scale.exp()
     constant = log_scale.sum() - (0 if prior == "logistic" else d / 2 * math.log(2 * math.pi))
     cut = _blocks(h)
 
     def work(share: range) -> None:
-        first, second, third = (torch.empty(cut.size, d) for _ in range(3))
+        first, second, third = (h.new_empty(cut.size, d) for _ in range(3))
         for i in share:
             rows = cut[i]
             count = len(log_prob[rows])
@@ -62,12 +62,12 @@ def scale_log_prob_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``h`` and ``log_scale``."""
     n, d = h.shape
-    grad_h, scale = torch.empty(n, d), log_scale.exp()
+    grad_h, scale = h.new_empty(n, d), log_scale.exp()
     cut = _blocks(h)
 
     def work(share: range) -> Tensor:
-        total = torch.zeros(d)
-        first, second = torch.empty(cut.size, d), torch.empty(cut.size, d)
+        total = h.new_zeros(d)
+        first, second = h.new_empty(cut.size, d), h.new_empty(cut.size, d)
         for i in share:
             rows = cut[i]
             g = grad_log_prob[rows, None]

@@ -204,7 +204,7 @@ def couple_backward(
         sums = [
             torch.zeros(t.shape, dtype=torch.float64, device=t.device)
             if t.ndim == 1
-            else torch.empty(t.shape, device=t.device)
+            else torch.empty(t.shape, dtype=torch.float32, device=t.device)
             for t in parameters
         ]
         if not share:

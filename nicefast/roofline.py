@@ -34,10 +34,11 @@ def ceilings(device: torch.device, bfloat16: bool, matmul_precision: str) -> Cei
     size = 1024 if device.type == "cpu" else 8192
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        a = torch.randn(size, size, device=device).to(dtype)
-        b, out = torch.randn(size, size, device=device).to(dtype), torch.empty_like(a)
+        a = torch.randn(size, size, dtype=torch.float32, device=device).to(dtype)
+        b, out = a.t().contiguous(), torch.empty_like(a)
         flops = 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device)
-        source = torch.randn(1 << (24 if device.type == "cpu" else 28), device=device)
+        numbers = 1 << (24 if device.type == "cpu" else 28)
+        source = torch.randn(numbers, dtype=torch.float32, device=device)
         target = torch.empty_like(source)
         moved = 2 * source.numel() * 4 / _best(lambda: target.copy_(source), device)
     return Ceilings(flops, moved)

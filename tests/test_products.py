@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import multiprocessing
+import os
 
 import pytest
 import torch
@@ -344,3 +346,50 @@ def test_threads_keep_their_number():
     before = torch.get_num_threads()
     Blocks(100, 10, 0, torch.device("cpu")).deal(lambda share: None)
     assert torch.get_num_threads() == before
+
+
+def test_default_dtype_and_device_do_not_matter(blocks, activations):
+    model, x = make(hidden=(16, 16)), torch.randn(300, 7)
+    expected = model.log_prob(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = model.log_prob(x)
+            got.mean().backward()
+            model.explain(rows=10)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_tracers_see_the_operations(blocks):
+    """Work in other threads would be a constant to them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, x, other = make(), torch.randn(300, 7), torch.randn(300, 7)
+    with torch.no_grad():
+        expected = model.log_prob(other)
+        traced = make_fx(model.log_prob)(x)
+        assert torch.allclose(traced(other), expected, atol=1e-4)
+
+
+def test_a_forked_process_computes_too(blocks):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this platform")
+    model, x = make(), torch.randn(300, 7)
+    with torch.no_grad():
+        expected = model.log_prob(x)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def child():
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            queue.put(torch.allclose(model.log_prob(x), expected, atol=1e-4))
+
+    process = context.Process(target=child)
+    process.start()
+    assert queue.get(timeout=60)
+    process.join(10)
