@@ -26,7 +26,7 @@ from .ops import Features, columns_of
 
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
 
-BLOCK_ELEMENTS = 1 << 19  # of one activation: a few of them fit the caches of a core
+BLOCK_ELEMENTS = 1 << 20  # of one activation: large enough that threads seldom meet
 LEAST_FLOPS = 1 << 25  # below this, a batch is not worth the hand-over to threads
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves
 PACK_BLOCKS = 4  # with more blocks than this, packing the weights costs less than it saves
