@@ -166,7 +166,13 @@ class NICE(nn.Module):
         for start in range(0, total, step):
             rows = out[start : start + step]
             chunk = _repeat(c, n, start, start + len(rows))
-            rows.copy_(self._couple(self._noise(len(rows), seed, start), chunk, inverse=True))
+            rows.copy_(self._noise(len(rows), seed, start))
+            chain = choose_path(self, rows, chunk).chain
+            if chain is not None:
+                rows.copy_(F.couple(chain, rows, chunk, inverse=True))
+                continue
+            for coupling in reversed(self._couplings()):
+                coupling.inverse_(rows, chunk)
         return out.view(*batch, *self.event_shape)
 
     def sample_and_log_prob(

@@ -86,7 +86,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
 def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile sees every operation"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit traces every operation"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms every operation"
