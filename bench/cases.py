@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from nicefast.kernels import coupling, likelihood, sampling
+from nicefast.kernels import coupling, flow, likelihood, sampling
 from nicefast.kernels.tile import Tile, tile
 from nicefast.partition import Partition
 
@@ -89,7 +89,13 @@ SPILLED = (
     ("select_kernel", "sm_90", "fp16", 640, "random True True same 1000000 ragged"),
     ("select_kernel", "sm_100", "bf16", 184, "~alternating True True same 1000000 transposed"),
 )
-_MODULES = {"couple": coupling, "select": coupling, "scale": likelihood, "sample": sampling}
+_MODULES = {
+    "couple": coupling,
+    "select": coupling,
+    "scale": likelihood,
+    "sample": sampling,
+    "flow": flow,
+}
 
 # one access of a kernel: "load" or "store", the tensor, first feature touched, how many
 Access = tuple[str, Tensor, int, int]
@@ -189,7 +195,7 @@ def _deck(flags: dict[str, tuple[Any, ...]], layouts: tuple[str, ...]) -> list[d
     return [variant for hand in zip(*decks, strict=True) for variant in hand]
 
 
-class _Recorder:
+class Recorder:
     """Stands in for a kernel and remembers how it was launched."""
 
     args: tuple[Any, ...]
@@ -206,7 +212,7 @@ def _case(kernel: str, arch: str, dtype: str, width: int, v: dict[str, Any]) -> 
     """Launch the kernel on meta tensors and describe what Triton would compile."""
     module = _MODULES[kernel.partition("_")[0]]
     with (
-        mock.patch.object(module, kernel, _Recorder()) as recorder,
+        mock.patch.object(module, kernel, Recorder()) as recorder,
         mock.patch("nicefast.kernels.tile.WARP_SIZE", TARGETS[arch].warp_size),
     ):
         accesses = _launch(kernel, DTYPES[dtype], width, v)
@@ -220,7 +226,7 @@ def _case(kernel: str, arch: str, dtype: str, width: int, v: dict[str, Any]) -> 
         aligned = v["layout"] in WIDE_LAYOUTS and all(e * x.itemsize % 16 == 0 for e in edges)
         if aligned and t.columns * x.itemsize >= 16:
             least[kind] += t.rows * t.columns * x.itemsize // (16 * threads)
-    specialised = _specialise(kernel, arch, recorder.args, recorder.kwargs)
+    specialised = specialise(kernel, arch, recorder.args, recorder.kwargs)
     variant = tuple(v.items())
     return Case(kernel, arch, dtype, width, t, variant, *specialised, least["load"], least["store"])
 
@@ -240,7 +246,7 @@ def _launch(kernel: str, dtype: torch.dtype, width: int, v: dict[str, Any]) -> l
         layout = v["layout"] = "dense"
     # the width is D, but one side's size for the two kernels that touch one side only
     d = 2 * width if kernel in {"couple_inplace_kernel", "select_kernel"} else width
-    x, like_x = _tensor(n, d, dtype, layout), _tensor(n, d, dtype)
+    x, like_x = tensor(n, d, dtype, layout), tensor(n, d, dtype)
     if "side" in v:
         f = _features(v["side"], d)
         lanes = [x] if f.step == 1 else []  # the others are gathered, and narrow
@@ -248,23 +254,23 @@ def _launch(kernel: str, dtype: torch.dtype, width: int, v: dict[str, Any]) -> l
             coupling.select(
                 x, f.indices, f.start, f.step, f.size, v["negate"], v["column_sums"], partner
             )
-            store: Access = ("store", _tensor(n, f.size, partner), 0, f.size)
+            store: Access = ("store", tensor(n, f.size, partner), 0, f.size)
             return [store, *(("load", y, f.start, f.size) for y in lanes)]
-        shift = _tensor(n, f.size, partner, v["shift"])
-        bias = _tensor(1, f.size, dtype)[0] if v["bias"] else None
+        shift = tensor(n, f.size, partner, v["shift"])
+        bias = tensor(1, f.size, dtype)[0] if v["bias"] else None
         launch = coupling.couple if kernel == "couple_kernel" else coupling.couple_
         launch(x, shift, bias, f.slots, f.indices, f.start, f.step, v["inverse"])
         if kernel == "couple_kernel":
             return [("load", x, 0, d), ("store", like_x, 0, d)]
         return [(kind, y, f.start, f.size) for y in lanes for kind in ("load", "store")]
-    log_scale = _tensor(1, d, partner)[0]
+    log_scale = tensor(1, d, partner)[0]
     if kernel == "scale_log_prob_fwd_kernel":
         likelihood.scale_log_prob_fwd(x, log_scale, v["prior"], v["with_z"])
         return [("load", x, 0, d)] + [("store", like_x, 0, d)] * v["with_z"]
     if kernel == "scale_log_prob_bwd_kernel":
         acc = torch.promote_types(torch.promote_types(dtype, partner), torch.float32)
-        grad = _tensor(1, n, acc, v["grad_log_prob"])[0]
-        grad_z = _tensor(n, d, dtype, layout) if v["with_z"] else None
+        grad = tensor(1, n, acc, v["grad_log_prob"])[0]
+        grad_z = tensor(n, d, dtype, layout) if v["with_z"] else None
         likelihood.scale_log_prob_bwd(grad_z, grad, x, log_scale, v["prior"])
         return [("load", x, 0, d)] * (1 + v["with_z"]) + [("store", like_x, 0, d)]
     if kernel == "sample_fwd_kernel":
@@ -275,7 +281,7 @@ def _launch(kernel: str, dtype: torch.dtype, width: int, v: dict[str, Any]) -> l
     return [("load", x, 0, d), ("load", like_x, 0, d)]
 
 
-def _tensor(n: int, d: int, dtype: torch.dtype, layout: str = "dense") -> Tensor:
+def tensor(n: int, d: int, dtype: torch.dtype, layout: str = "dense") -> Tensor:
     """[n, d] on the meta device: it has strides and an alignment, but no memory."""
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     if layout == "strided":  # a multiple of 16, which Triton tells the compiler
@@ -311,7 +317,7 @@ def _binder(kernel: str, arch: str) -> tuple[JITFunction[Any], Any, Any]:
     return function, backend, bind
 
 
-def _specialise(
+def specialise(
     kernel: str, arch: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, Any, Any]:
     """Signature, constants, alignments and options as ``kernel[grid](...)`` would make them."""

@@ -2,12 +2,12 @@
 
     python -m bench.resources [--arch sm_90 ...] [--kernel NAME ...] [--full] [--json FILE]
 
-Compiles ahead of time what :mod:`bench.cases` enumerates and prints registers, spills, shared
-memory and the number of 128-bit global accesses among all. ``--full`` is a matter of hours:
-narrow it down.
+Compiles ahead of time what :mod:`bench.cases` and :mod:`bench.flow_cases` enumerate and prints
+registers, spills, shared memory and the number of 128-bit global accesses among all. ``--full``
+is a matter of hours: narrow it down.
 
 The exit status is 1 where a case spills, needs too much shared memory, reads or writes narrowly
-what could go 128 bits at a time, or does not compile.
+what could go 128 bits at a time, multiplies without matrix instructions, or does not compile.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ from triton.compiler import ASTSource
 
 from nicefast.kernels import INTERPRETED
 
-from .cases import KERNELS, TARGETS, Case, cases, jit_function
+from . import cases as elementwise
+from . import flow_cases
+from .cases import TARGETS, Case, jit_function
+from .flow_cases import FlowCase
 
+KERNELS = elementwise.KERNELS + flow_cases.KERNELS
 KIB = 1024
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 SASS_EVERY = 16  # disassembling takes longer than compiling: every 16th case, and what spills
@@ -51,6 +55,7 @@ class Resources:
     stores: int = 0
     wide_loads: int = 0
     wide_stores: int = 0
+    products: dict[str, int] = field(default_factory=dict)  # matrix instructions by kind
     sass: dict[str, int] | None = None  # the four counts in machine code, where it was read
     error: str = ""
 
@@ -60,7 +65,9 @@ def problems(case: Case, r: Resources) -> list[str]:
     if r.error:
         return [f"does not compile: {r.error}"]
     found = []
-    if any(r.spills.values()):
+    # AMD keeps spilled scalars in lanes of vector registers; what spills from those is scratch
+    flow = isinstance(case, FlowCase)
+    if any(n for k, n in r.spills.items() if not (flow and k == "sgpr")):
         found.append("spills: " + ", ".join(f"{k} = {v}" for k, v in r.spills.items()))
     if r.shared > SHARED_LIMIT[case.arch]:
         found.append(f"shared memory: {r.shared} B of {SHARED_LIMIT[case.arch]} B")
@@ -68,6 +75,10 @@ def problems(case: Case, r: Resources) -> list[str]:
         least, got = getattr(case, f"wide_{what}"), getattr(r, f"wide_{what}")
         if got < least:
             found.append(f"narrow {what}: {got} of 128 bits, at least {least} expected")
+    if flow:
+        got = sum(n for k, n in r.products.items() if k.startswith(case.instructions))
+        if got < case.least_products:
+            found.append(f"matrix instructions: {got}, at least {case.least_products} expected")
     if r.sass and any(r.sass[k] < getattr(r, k) for k in ("wide_loads", "wide_stores")):
         found.append(f"machine code narrower than its assembly: {r.sass}")
     return found
@@ -97,7 +108,8 @@ def _read_amd(asm: dict[str, str], shared: int, disassemble: bool) -> Resources:
     }
     found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", text)
     counts = _count((kind, size.endswith("dwordx4")) for kind, size in found)
-    return Resources(used["vgpr_count"], spills, shared, **counts)
+    products = dict(Counter(re.findall(r"\bv_s?mfma\w*", text)))
+    return Resources(used["vgpr_count"], spills, shared, **counts, products=products)
 
 
 def _read_nvidia(asm: dict[str, bytes], shared: int, disassemble: bool) -> Resources:
@@ -119,7 +131,9 @@ def _read_nvidia(asm: dict[str, bytes], shared: int, disassemble: bool) -> Resou
     # ptxas keeps the widths it is given, and its input is read at no cost
     found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b", str(asm["ptx"]))
     counts = _count((kinds[k], int(vector or 1) * int(bits) >= 128) for k, vector, bits in found)
-    return Resources(registers, spills, shared, **counts, sass=sass)
+    kinds_of = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", str(asm["ptx"]))
+    products = dict(Counter(kinds_of))
+    return Resources(registers, spills, shared, **counts, products=products, sass=sass)
 
 
 def _count(accesses: Iterable[tuple[str, bool]]) -> dict[str, Any]:
@@ -151,6 +165,19 @@ def compile_all(todo: list[Case], jobs: int = 2) -> Iterator[tuple[Case, Resourc
             yield case, resources
 
 
+def all_cases(
+    full: bool = False, archs: Iterable[str] = TARGETS, kernels: Iterable[str] = KERNELS
+) -> list[Case]:
+    """Those of :mod:`bench.cases` and of :mod:`bench.flow_cases`."""
+    kernels = list(kernels)
+    simple = [k for k in kernels if k in elementwise.KERNELS]
+    flows = [k for k in kernels if k in flow_cases.KERNELS]
+    return [
+        *elementwise.cases(full, archs, simple),
+        *flow_cases.flow_cases(full, archs, flows),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -166,7 +193,7 @@ def main() -> int:
     rows, bad = [], []
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        todo = list(cases(options.full, options.arch, options.kernel))
+        todo = all_cases(options.full, options.arch, options.kernel)
         print("regs spill shared  loads 128/all  stores 128/all  case")
         for case, r in compile_all(todo, options.jobs):
             print(

@@ -61,40 +61,40 @@ def logistic_noise(b_high, b_low, ACC: tl.constexpr):
 def _cos_sin(b_turn, ACC: tl.constexpr):
     """(cos, sin) of 2 pi b_turn, 0 <= b_turn <= 1.
 
-    In float64 by Taylor series after reduction to an eighth of a turn either side of a quarter:
-    the library's cosine keeps a table for huge angles on the stack.
+    By Taylor series after reduction to an eighth of a turn either side of a quarter: the library's
+    cosine keeps a table for huge angles on the stack.
     """
+    b_quarter = tl.floor(4.0 * b_turn + 0.5)
+    b_x = (b_turn - 0.25 * b_quarter) * 6.283185307179586
+    b_x2 = b_x * b_x
     if ACC == tl.float64:
-        b_quarter = tl.floor(4.0 * b_turn + 0.5)
-        b_x = (b_turn - 0.25 * b_quarter) * 6.283185307179586
-        b_x2 = b_x * b_x
         b_c = -1.5619206968586225e-16 * b_x2 + 4.779477332387385e-14
         b_c = b_c * b_x2 + -1.1470745597729725e-11
         b_c = b_c * b_x2 + 2.08767569878681e-09
         b_c = b_c * b_x2 + -2.755731922398589e-07
         b_c = b_c * b_x2 + 2.48015873015873e-05
-        b_c = b_c * b_x2 + -0.001388888888888889
-        b_c = b_c * b_x2 + 0.041666666666666664
-        b_c = b_c * b_x2 + -0.5
-        b_c = b_c * b_x2 + 1.0
         b_s = 2.8114572543455206e-15 * b_x2 + -7.647163731819816e-13
         b_s = b_s * b_x2 + 1.6059043836821613e-10
         b_s = b_s * b_x2 + -2.505210838544172e-08
         b_s = b_s * b_x2 + 2.7557319223985893e-06
-        b_s = b_s * b_x2 + -0.0001984126984126984
-        b_s = b_s * b_x2 + 0.008333333333333333
-        b_s = b_s * b_x2 + -0.16666666666666666
-        b_s = b_s * b_x2 + 1.0
-        b_s = b_s * b_x
-        i_q = b_quarter.to(tl.int32) & 3
-        b_even = (i_q & 1) == 0
-        b_cos = tl.where(b_even, b_c, b_s)
-        b_sin = tl.where(b_even, b_s, b_c)
-        b_cos = tl.where((i_q == 1) | (i_q == 2), -b_cos, b_cos)
-        b_sin = tl.where(i_q >= 2, -b_sin, b_sin)
     else:
-        b_cos = tl.cos(6.283185307179586 * b_turn)
-        b_sin = tl.sin(6.283185307179586 * b_turn)
+        b_c = -2.755731922398589e-07 * b_x2 + 2.48015873015873e-05
+        b_s = -2.505210838544172e-08 * b_x2 + 2.7557319223985893e-06
+    b_c = b_c * b_x2 + -0.001388888888888889
+    b_c = b_c * b_x2 + 0.041666666666666664
+    b_c = b_c * b_x2 + -0.5
+    b_c = b_c * b_x2 + 1.0
+    b_s = b_s * b_x2 + -0.0001984126984126984
+    b_s = b_s * b_x2 + 0.008333333333333333
+    b_s = b_s * b_x2 + -0.16666666666666666
+    b_s = b_s * b_x2 + 1.0
+    b_s = b_s * b_x
+    i_q = b_quarter.to(tl.int32) & 3
+    b_even = (i_q & 1) == 0
+    b_cos = tl.where(b_even, b_c, b_s)
+    b_sin = tl.where(b_even, b_s, b_c)
+    b_cos = tl.where((i_q == 1) | (i_q == 2), -b_cos, b_cos)
+    b_sin = tl.where(i_q >= 2, -b_sin, b_sin)
     return b_cos, b_sin
 
 

@@ -21,21 +21,17 @@ from .tile import ceil_div, reduction_programs, tile
 
 
 @triton.jit
-def sample_fwd_kernel(
-    p_s,  # [D]
-    p_h,  # [N, D]
-    N,
-    row_offset: tl.int64,
-    seed: tl.int64,
-    D: tl.constexpr,
+def noise(
+    o_n,  # [ROWS, 1]
+    o_q,  # [1, QUADS]
+    seed,
     PRIOR: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    o_q = (tl.program_id(1) * QUADS + tl.arange(0, QUADS))[None, :]
-    i_row = o_n + row_offset + tl.zeros((ROWS, QUADS), dtype=tl.int64)
+    """Standard noise [ROWS, 4 * QUADS] of rows o_n and features 4 o_q .. 4 o_q + 3."""
+    i_row = o_n + tl.zeros((ROWS, QUADS), dtype=tl.int64)
     i_low = i_row.to(tl.uint32)
     i_high = (i_row >> 32).to(tl.uint32)
     i_quad = (o_q + tl.zeros((ROWS, QUADS), dtype=tl.int32)).to(tl.uint32)
@@ -55,8 +51,25 @@ def sample_fwd_kernel(
         b_z0, b_z1 = normal_noise(b_0, b_4, b_1, b_5, ACC)
         b_z2, b_z3 = normal_noise(b_2, b_6, b_3, b_7, ACC)
     b_z = tl.join(tl.join(b_z0, b_z2), tl.join(b_z1, b_z3))  # [ROWS, QUADS, 2, 2]: 0 1 2 3
-    b_z = tl.reshape(b_z, (ROWS, QUADS * 4))
+    return tl.reshape(b_z, (ROWS, QUADS * 4))
 
+
+@triton.jit
+def sample_fwd_kernel(
+    p_s,  # [D]
+    p_h,  # [N, D]
+    N,
+    row_offset: tl.int64,
+    seed: tl.int64,
+    D: tl.constexpr,
+    PRIOR: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    o_q = (tl.program_id(1) * QUADS + tl.arange(0, QUADS))[None, :]
+    b_z = noise(o_n + row_offset, o_q, seed, PRIOR, ACC, ROWS, QUADS)
     o_d = (tl.program_id(1) * (QUADS * 4) + tl.arange(0, QUADS * 4))[None, :]
     b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(ACC)
     b_h = (b_z * tl.exp(-b_s)).to(p_h.dtype.element_ty)

@@ -16,10 +16,15 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, whose compiler this is about")
 
 from bench.cases import DTYPES, KERNELS, NARROW_LAYOUTS, TARGETS, VARIANTS, WIDE_LAYOUTS, cases
+from bench.flow_cases import KERNELS as FLOW_KERNELS
+from bench.flow_cases import VARIANTS as FLOW_VARIANTS
+from bench.flow_cases import flow_cases
 from bench.resources import Resources, problems
 
 ROOT = Path(__file__).parent.parent
 CASES = {case.name: case for case in cases()}
+FLOWS = {case.name: case for case in flow_cases()}
+ALL = CASES | FLOWS
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +47,11 @@ def compiled(tmp_path_factory):
 
 
 def failures(compiled, about):
-    return [f"{n}: {p}" for n, r in compiled.items() for p in problems(CASES[n], r) if about in p]
+    return [f"{n}: {p}" for n, r in compiled.items() for p in problems(ALL[n], r) if about in p]
 
 
 def test_everything_compiles(compiled):
-    assert compiled.keys() == CASES.keys()
+    assert compiled.keys() == ALL.keys()
     assert not failures(compiled, "does not compile")
 
 
@@ -118,11 +123,11 @@ def test_cases_cover_every_variant_on_every_architecture(kernel):
 
 
 def test_every_kernel_in_the_package_is_checked():
-    from nicefast.kernels import coupling, likelihood, sampling
+    from nicefast.kernels import coupling, flow, likelihood, sampling
 
-    modules = (coupling, likelihood, sampling)
+    modules = (coupling, likelihood, sampling, flow)
     kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
-    assert kernels == set(KERNELS)
+    assert kernels == {*KERNELS, *FLOW_KERNELS}
 
 
 def test_width_is_asked_of_every_tile_that_can_have_it():
@@ -158,3 +163,72 @@ def test_the_check_can_fail():
     ):
         (problem,) = problems(case, dataclasses.replace(good, **doctored))
         assert said in problem
+
+
+def test_matrix_instructions_do_the_products(compiled):
+    assert not failures(compiled, "matrix instructions")
+
+
+def test_flow_cases_cover_every_tile_of_every_architecture():
+    from nicefast.kernels.flow_tile import ARCHS, PRECISIONS, FlowShape, flow_tile
+
+    assert set(ARCHS) == set(TARGETS)
+    wanted = set()
+    for arch in ARCHS:
+        for precision in PRECISIONS:
+            for d in range(2, 129):
+                for hidden in (*range(1, 257, 5), 16, 32, 64, 128, 256):
+                    shape = FlowShape(d, 0, (3, hidden), 5, "relu", "normal")
+                    tile = flow_tile(shape, precision, arch)
+                    if not isinstance(tile, str):
+                        wanted.add((arch, precision, tile))
+    assert len(wanted) > 100
+    assert {(c.arch, c.dtype, c.flow) for c in FLOWS.values()} == wanted
+
+
+@pytest.mark.parametrize("kernel", FLOW_KERNELS)
+def test_flow_cases_cover_every_variant_and_precision(kernel):
+    of_kernel = [c for c in FLOWS.values() if c.kernel == kernel]
+    variants = {pair for c in of_kernel for pair in c.variant}
+    assert variants == {(flag, v) for flag, vs in FLOW_VARIANTS[kernel].items() for v in vs}
+    for arch in TARGETS:
+        assert len({c.dtype for c in of_kernel if c.arch == arch}) >= 2
+        assert len({c.flow for c in of_kernel if c.arch == arch}) >= 5
+
+
+def test_the_check_of_flows_can_fail():
+    case = next(c for c in FLOWS.values() if c.arch == "sm_90" and c.dtype == "bf16")
+    good = Resources(
+        registers=255, spills={"STACK": 0, "LOCAL": 0}, shared=227 * 1024,
+        products={"wgmma.mma_async": case.least_products}, loads=1000, stores=1000,
+        wide_loads=1000, wide_stores=1000,
+    )  # fmt: skip
+    assert not problems(case, good)
+    for doctored, said in (
+        ({"products": {}}, "matrix instructions: 0"),
+        ({"products": {"mma.sync": 100}}, "matrix instructions: 0"),
+        ({"spills": {"STACK": 8, "LOCAL": 0}}, "spills: STACK = 8"),
+        ({"shared": 227 * 1024 + 1}, "shared memory"),
+    ):
+        (problem,) = problems(case, dataclasses.replace(good, **doctored))
+        assert said in problem
+
+
+def test_a_tile_that_is_too_large_is_seen_to_spill():
+    """What the tile function refuses does spill: the compiler is asked, in a process of its own."""
+    program = """
+from bench.flow_cases import flow_case
+from bench.resources import compile_case, problems
+from nicefast.kernels.flow_tile import FlowTile
+tile = FlowTile(128, 4, 1, 128, 256, "bf16", 255)
+variant = dict(activation="relu", prior="logistic", context=0, width="full", rows=1000,
+               layout="ragged", outputs="both")
+case = flow_case("flow_fwd_kernel", "sm_90", "bf16", tile, variant)
+print(problems(case, compile_case(case)))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env | {"TRITON_DEFAULT_FP_FUSION": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "spills: STACK" in run.stdout, run.stderr

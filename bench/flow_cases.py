@@ -1,0 +1,149 @@
+"""Every way a whole-flow kernel is compiled: kernel, tile, variant and architecture.
+
+The numbers of couplings and layers are no constants of a kernel, so one compilation stands for
+flows of any depth.
+
+The default is a covering set: every tile that :func:`flow_tile` can return on every architecture,
+the kernels in turn and the variants by chance. ``full`` takes the whole product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nicefast.kernels import flow
+from nicefast.kernels.flow_tile import (
+    ACTIVATIONS,
+    FEATURES,
+    HIDDEN,
+    PARTS,
+    PRECISIONS,
+    PRIORS,
+    FlowShape,
+    FlowTile,
+    flow_tile,
+)
+from nicefast.kernels.tile import Tile
+
+from .cases import ROWS, TARGETS, Case, Recorder, specialise, tensor
+
+# what a matrix instruction is called in the assembly; any of them will do
+PRODUCTS = {
+    "sm_80": ("mma.sync",),
+    "sm_90": ("wgmma.mma_async",),
+    "sm_100": ("tcgen05.mma", "mma.sync"),
+    "gfx942": ("v_mfma",),
+}
+DOTS = {"bf16": 1, "tf32": 1, "tf32x3": 3, "bf16x6": 6, "ieee": 1}  # for one product
+DENSE = ("dense", "strided")  # 16-byte accesses where D allows
+_FLOW: dict[str, tuple[Any, ...]] = {
+    "activation": ACTIVATIONS,
+    "prior": PRIORS,
+    "context": (0, 3),
+    "width": ("full", "odd"),
+    "rows": ROWS,
+    "layout": ("dense", "ragged", "strided", "transposed"),
+}
+VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "flow_fwd_kernel": _FLOW | {"outputs": ("log_prob", "z", "both")},
+    "flow_inv_kernel": _FLOW,
+    "flow_sample_kernel": _FLOW,
+}
+KERNELS = tuple(VARIANTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowCase(Case):
+    """A case with matrix products."""
+
+    flow: FlowTile = None  # type: ignore[assignment]
+    instructions: tuple[str, ...] = ()
+    least_products: int = 0
+
+    @property
+    def name(self) -> str:
+        variant = " ".join(f"{k}={v}" for k, v in self.variant)
+        t = self.flow
+        size = f"{t.rows}x{t.features}x{t.hidden} {t.products} width={self.width}"
+        return f"{self.kernel} {self.arch} {self.dtype} {size} {variant}"
+
+
+@functools.cache
+def flow_tiles(arch: str) -> list[tuple[str, FlowTile]]:
+    """Every precision and tile that can be launched."""
+    found = []
+    for precision, d, h in itertools.product(PRECISIONS, FEATURES, HIDDEN):
+        tile = flow_tile(FlowShape(d, 0, (h,), 1, "relu", "logistic"), precision, arch)
+        if not isinstance(tile, str):
+            found.append((precision, tile))
+    return found
+
+
+def flow_cases(
+    full: bool = False, archs: Iterable[str] = TARGETS, kernels: Iterable[str] = KERNELS
+) -> Iterator[FlowCase]:
+    """The covering set, or the full product of kernel, tile, variant and architecture."""
+    kernels = list(kernels)
+    for arch in TARGETS:
+        for turn, (precision, tile) in enumerate(flow_tiles(arch)):
+            for kernel in KERNELS if full else [KERNELS[turn % len(KERNELS)]]:
+                flags = VARIANTS[kernel]
+                hands = itertools.product(*flags.values())
+                if not full:
+                    chance = random.Random(f"{arch} {precision} {tile}")
+                    hands = iter([tuple(chance.choice(v) for v in flags.values())])
+                for hand in hands:
+                    if arch in archs and kernel in kernels:
+                        variant = dict(zip(flags, hand, strict=True))
+                        yield flow_case(kernel, arch, precision, tile, variant)
+
+
+def flow_case(
+    kernel: str, arch: str, precision: str, tile: FlowTile, v: dict[str, Any]
+) -> FlowCase:
+    """Call the launcher on meta tensors and describe what Triton would compile."""
+    c, layout, couplings, layers = v["context"], v["layout"], 2, 2
+    d = tile.features - c if v["width"] == "full" else tile.features // 2 + 1
+    shape = FlowShape(d, c, (tile.hidden,) * layers, couplings, v["activation"], v["prior"])
+    n, dp, hp, parts = v["rows"], tile.features, tile.hidden, PARTS[tile.products]
+    work = torch.bfloat16 if "bf16" in tile.products else torch.float32
+    empty = functools.partial(torch.empty, dtype=torch.float32, device="meta")
+    packed = (
+        empty(couplings, parts, hp, dp, dtype=work),
+        empty(couplings * (layers - 1), parts, hp, hp, dtype=work),
+        empty(couplings, parts, dp, hp, dtype=work),
+        empty(couplings, layers * hp + dp),
+        empty(couplings, dp, dtype=torch.int32),
+    )
+    x = tensor(n, d, torch.float32, layout)
+    context = tensor(n, c, torch.float32, layout) if c else None
+    with mock.patch.object(flow, kernel, Recorder()) as recorder:
+        if kernel == "flow_fwd_kernel":
+            outputs = v["outputs"]
+            flow.flow_fwd(
+                x, context, packed, empty(d), shape, tile, outputs != "log_prob", outputs != "z"
+            )
+        elif kernel == "flow_inv_kernel":
+            flow.flow_inv(x, context, packed, empty(d), shape, tile)
+        else:
+            flow.flow_sample(n, 77, 1234567, context, packed, empty(d), shape, tile)
+    threads = 16 * tile.warps * TARGETS[arch].warp_size
+    weights = [dp * hp, dp * hp] + [hp * hp] * (tile.stages == 1)  # else copied asynchronously
+    loads, stores = sum(parts * (w * work.itemsize // threads) for w in weights), 0
+    if d % 4 == 0 and layout in DENSE:
+        loads += (kernel != "flow_sample_kernel") * tile.rows * dp * 4 // threads
+        stores += (v.get("outputs") != "log_prob") * tile.rows * dp * 4 // threads
+    return FlowCase(
+        kernel, arch, precision, d, Tile(tile.rows, dp, tile.warps), tuple(v.items()),
+        *specialise(kernel, arch, recorder.args, recorder.kwargs), loads, stores,
+        flow=tile, instructions=PRODUCTS[arch],
+        least_products=3 * DOTS[tile.products],
+    )  # fmt: skip

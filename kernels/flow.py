@@ -1,0 +1,418 @@
+"""A whole flow in one launch: log-density, forward, inverse and sample.
+
+With couplings l = 0 .. L - 1, each of which adds an MLP of its conditioning features (and of a
+context c) to the others,
+
+    x[shifted_l] += m_l(x[conditioning_l], c)        z = exp(log_scale) x
+    log_prob = sum_d log p(z_d) + sum_d log_scale_d
+
+and backwards with -= from l = L - 1 down. A tile of rows stays on the chip throughout. The
+partition is a mask on full-width first and last products: features that are not shifted are
+selected, not added to, so they keep their bits, and what is masked cannot spread its NaN. The
+context rides along as features that condition every coupling and are never shifted.
+
+x, the accumulators and log_prob are float32; the products' operands are as the precision says.
+
+Bytes moved, for N rows, D features, C of context: log_prob 4 N (D + C) + 4 N, forward and inverse
+8 N D + 4 N C (forward with log_prob: + 4 N), sample 4 N (D + C); the weights come from the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate
+from .flow_tile import PARTS, FlowShape, FlowTile
+from .launch import is_dense, on_device
+from .packing import Tensors
+from .prior import prior_log_prob
+from .sampling import noise
+from .tile import ceil_div
+
+
+@triton.jit
+def operand(b_a, PRODUCTS: tl.constexpr):
+    """At once, not before its product: a value that waits takes half as many registers."""
+    if PRODUCTS == "bf16":
+        b_a = b_a.to(tl.bfloat16)
+    return b_a
+
+
+@triton.jit
+def to_tf32(b_a):
+    """Rounded to the 11 significant bits of TF32 (NaN may become anything)."""
+    return ((b_a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weight(p_w, i_w, OUT: tl.constexpr, IN: tl.constexpr):
+    """The weight [OUT, IN] number i_w, transposed."""
+    # the number is in the offset, not in the pointer: no address is kept across a loop
+    o_w = tl.arange(0, IN)[:, None] + (i_w * OUT + tl.arange(0, OUT)[None, :]) * IN
+    return tl.load(p_w + o_w)
+
+
+@triton.jit
+def linear(
+    b_a,  # [ROWS, IN]
+    p_w,  # [..., OUT, IN]
+    i_w,
+    p_b,  # [OUT]
+    PRODUCTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+):
+    """Operand times transposed weight, plus bias, accumulated in float32.
+
+    Three products of TF32 halves, or six of bf16 thirds, are as accurate as float32: what is left
+    out is below its last bit.
+    """
+    b_w = weight(p_w, i_w, OUT, IN)
+    b_p = tl.zeros((ROWS, OUT), dtype=tl.float32)
+    if PRODUCTS == "bf16":
+        b_p = tl.dot(b_a, b_w, b_p, input_precision="tf32")
+    elif PRODUCTS == "tf32":
+        # the hardware would cut off what is too much, always towards 0
+        b_a = tl.where(b_a == b_a, to_tf32(b_a), b_a)
+        b_p = tl.dot(b_a, b_w, b_p, input_precision="tf32")
+    elif PRODUCTS == "tf32x3":
+        b_high = to_tf32(b_a)
+        b_p = tl.dot(b_a - b_high, b_w, b_p, input_precision="tf32")
+        b_p = tl.dot(b_high, weight(p_w, i_w + 1, OUT, IN), b_p, input_precision="tf32")
+        b_p = tl.dot(b_high, b_w, b_p, input_precision="tf32")
+    elif PRODUCTS == "bf16x6":
+        b_0 = b_a.to(tl.bfloat16)
+        b_rest = b_a - b_0.to(tl.float32)
+        b_1 = b_rest.to(tl.bfloat16)
+        b_2 = (b_rest - b_1.to(tl.float32)).to(tl.bfloat16)
+        b_p = tl.dot(b_2, b_w, b_p, input_precision="tf32")
+        b_p = tl.dot(b_0, weight(p_w, i_w + 2, OUT, IN), b_p, input_precision="tf32")
+        b_w1 = weight(p_w, i_w + 1, OUT, IN)
+        b_p = tl.dot(b_1, b_w1, b_p, input_precision="tf32")
+        b_p = tl.dot(b_1, b_w, b_p, input_precision="tf32")
+        b_p = tl.dot(b_0, b_w1, b_p, input_precision="tf32")
+        b_p = tl.dot(b_0, b_w, b_p, input_precision="tf32")
+    else:
+        tl.static_assert(PRODUCTS == "ieee")
+        b_p = tl.dot(b_a, b_w, b_p, input_precision="ieee")
+    # minus its negative: the compiler turns a sum into an accumulator that starts as the bias,
+    # which is then alive while the last accumulator still is
+    return b_p - tl.load(p_b + tl.arange(0, OUT))[None, :]
+
+
+@triton.jit
+def couplings(
+    b_x,  # [ROWS, DP], the context in columns D .. D + C - 1
+    p_in,  # [L, PARTS, HP, DP]
+    p_mid,  # [L, K - 1, PARTS, HP, HP]
+    p_out,  # [L, PARTS, DP, HP]
+    p_b,  # [L, K * HP + DP]
+    p_sides,  # [L, DP]
+    L,
+    K,
+    INVERSE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+    HP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """All couplings of the flow on one tile of rows.
+
+    L and K are no constants, nor specialised where they are 1: one compilation, whose registers
+    can be known beforehand, for a flow of any depth.
+    """
+    o_d = tl.arange(0, DP)
+    for i in tl.range(0, L, num_stages=1):
+        if INVERSE:
+            i_l = L - 1 - i
+        else:
+            i_l = i
+        p_bias = p_b + i_l * (K * HP + DP)
+        b_side = tl.load(p_sides + i_l * DP + o_d)[None, :]
+        # NaN * 0 is NaN: mask the operand too, not only the weights
+        b_a = operand(tl.where(b_side == 1, b_x, 0.0), PRODUCTS)
+        b_h = linear(b_a, p_in, i_l * PARTS, p_bias, PRODUCTS, ROWS, HP, DP)
+        b_a = operand(activate(b_h, ACTIVATION, PRECISE), PRODUCTS)
+        for i_k in tl.range(1, K, num_stages=STAGES):
+            i_w = (i_l * (K - 1) + i_k - 1) * PARTS
+            b_h = linear(b_a, p_mid, i_w, p_bias + i_k * HP, PRODUCTS, ROWS, HP, HP)
+            b_a = operand(activate(b_h, ACTIVATION, PRECISE), PRODUCTS)
+        b_m = linear(b_a, p_out, i_l * PARTS, p_bias + K * HP, PRODUCTS, ROWS, DP, HP)
+        if INVERSE:
+            b_m = -b_m
+        b_x = tl.where(b_side == 2, b_x + b_m, b_x)
+    return b_x
+
+
+@triton.jit
+def rows_again(ROWS: tl.constexpr):
+    """The program's row numbers [ROWS] once more.
+
+    program_id(1) is always 0, which the compiler does not know: it computes addresses and masks
+    anew, and does not keep those of the loads in registers through the whole flow.
+    """
+    i_r = tl.program_id(0).to(tl.int64) * ROWS + tl.program_id(1)
+    return i_r + tl.arange(0, ROWS)
+
+
+@triton.jit
+def load_rows(
+    p_x, o_n, m_n, stride_n, stride_d, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    DENSE: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """A tensor's rows as columns FIRST .. FIRST + COUNT - 1 of a tile [ROWS, DP], 0 elsewhere."""
+    o_d = tl.arange(0, DP)[None, :] - FIRST
+    if DENSE:
+        o_x = o_n * COUNT + o_d
+    else:
+        o_x = o_n * stride_n + o_d.to(tl.int64) * stride_d
+    m = m_n & (o_d >= 0) & (o_d < COUNT)
+    return tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["L", "K"])
+def flow_fwd_kernel(
+    p_x,  # [N, D]
+    p_c,  # [N, C] or none
+    p_in,
+    p_mid,
+    p_out,
+    p_b,
+    p_sides,
+    p_s,  # [D]
+    p_z,  # [N, D]
+    p_lp,  # [N]
+    N,
+    L,
+    K,
+    stride_xn,
+    stride_xd,
+    stride_cn,
+    stride_cd,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    X_DENSE: tl.constexpr,
+    C_DENSE: tl.constexpr,
+    WITH_Z: tl.constexpr,
+    WITH_LOG_PROB: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRIOR: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    DP: tl.constexpr,
+    HP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    o_d = tl.arange(0, DP)[None, :]
+    b_x = load_rows(p_x, o_n, o_n < N, stride_xn, stride_xd, 0, D, X_DENSE, DP)
+    if C > 0:
+        b_c = load_rows(p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
+        b_x = tl.where(o_d < D, b_x, b_c)  # not a sum: -0.0 keeps its sign
+    b_x = couplings(
+        b_x, p_in, p_mid, p_out, p_b, p_sides,
+        L, K, False, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
+    )  # fmt: skip
+    b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_z = b_x * tl.exp(b_s)
+    o_r = rows_again(ROWS)
+    o_n = o_r[:, None]
+    m = (o_n < N) & (o_d < D)
+    if WITH_Z:
+        tl.store(p_z + o_n * D + o_d, b_z, mask=m)
+    if WITH_LOG_PROB:
+        # a padded lane must add nothing: the logistic log-density at 0 is -2 log 2
+        b_lp = tl.where(m, prior_log_prob(b_z, PRIOR) + b_s, 0.0)
+        tl.store(p_lp + o_r, tl.sum(b_lp, 1), mask=o_r < N)
+
+
+@triton.jit(do_not_specialize=["L", "K"])
+def flow_inv_kernel(
+    p_z,  # [N, D]
+    p_c,  # [N, C] or none
+    p_in,
+    p_mid,
+    p_out,
+    p_b,
+    p_sides,
+    p_s,  # [D]
+    p_x,  # [N, D]
+    N,
+    L,
+    K,
+    stride_zn,
+    stride_zd,
+    stride_cn,
+    stride_cd,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    X_DENSE: tl.constexpr,
+    C_DENSE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    DP: tl.constexpr,
+    HP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    o_d = tl.arange(0, DP)[None, :]
+    b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_x = load_rows(p_z, o_n, o_n < N, stride_zn, stride_zd, 0, D, X_DENSE, DP) * tl.exp(-b_s)
+    if C > 0:
+        b_c = load_rows(p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
+        b_x = tl.where(o_d < D, b_x, b_c)  # not a sum: -0.0 keeps its sign
+    b_x = couplings(
+        b_x, p_in, p_mid, p_out, p_b, p_sides,
+        L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
+    )  # fmt: skip
+    o_n = rows_again(ROWS)[:, None]
+    tl.store(p_x + o_n * D + o_d, b_x, mask=(o_n < N) & (o_d < D))
+
+
+@triton.jit(do_not_specialize=["L", "K"])
+def flow_sample_kernel(
+    p_c,  # [N, C] or none
+    p_in,
+    p_mid,
+    p_out,
+    p_b,
+    p_sides,
+    p_s,  # [D]
+    p_x,  # [N, D]
+    N,
+    L,
+    K,
+    row_offset: tl.int64,
+    seed: tl.int64,
+    stride_cn,
+    stride_cd,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    C_DENSE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRIOR: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    DP: tl.constexpr,
+    HP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    o_d = tl.arange(0, DP)[None, :]
+    o_q = tl.arange(0, DP // 4)[None, :]
+    b_z = noise(o_n + row_offset, o_q, seed, PRIOR, tl.float32, ROWS, DP // 4)
+    b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_x = tl.where(o_d < D, b_z * tl.exp(-b_s), 0.0)
+    if C > 0:
+        b_c = load_rows(p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
+        b_x = tl.where(o_d < D, b_x, b_c)  # not a sum: -0.0 keeps its sign
+    b_x = couplings(
+        b_x, p_in, p_mid, p_out, p_b, p_sides,
+        L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
+    )  # fmt: skip
+    o_n = rows_again(ROWS)[:, None]
+    tl.store(p_x + o_n * D + o_d, b_x, mask=(o_n < N) & (o_d < D))
+
+
+def flow_fwd(
+    x: Tensor,
+    context: Tensor | None,
+    packed: Tensors,
+    log_scale: Tensor,
+    shape: FlowShape,
+    tile: FlowTile,
+    want_z: bool,
+    want_log_prob: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(z [N, D] or empty, log_prob [N] or empty)`` in float32."""
+    n, d = x.shape
+    z = torch.empty((n, d) if want_z else 0, dtype=torch.float32, device=x.device)
+    log_prob = torch.empty(n if want_log_prob else 0, dtype=torch.float32, device=x.device)
+    if n == 0 or not (want_z or want_log_prob):
+        return z, log_prob
+    with on_device(x):
+        flow_fwd_kernel[(ceil_div(n, tile.rows),)](
+            x, context, *packed, log_scale, z, log_prob, n, *_depth(shape),
+            *x.stride(), *_strides(context),
+            X_DENSE=is_dense(x), WITH_Z=want_z, WITH_LOG_PROB=want_log_prob,
+            PRIOR=shape.prior, **_constants(context, shape, tile),
+        )  # fmt: skip
+    return z, log_prob
+
+
+def flow_inv(
+    z: Tensor,
+    context: Tensor | None,
+    packed: Tensors,
+    log_scale: Tensor,
+    shape: FlowShape,
+    tile: FlowTile,
+) -> Tensor:
+    """``x`` [N, D] in float32."""
+    n, d = z.shape
+    x = torch.empty((n, d), dtype=torch.float32, device=z.device)
+    if n == 0:
+        return x
+    with on_device(z):
+        flow_inv_kernel[(ceil_div(n, tile.rows),)](
+            z, context, *packed, log_scale, x, n, *_depth(shape), *z.stride(), *_strides(context),
+            X_DENSE=is_dense(z), **_constants(context, shape, tile),
+        )  # fmt: skip
+    return x
+
+
+def flow_sample(
+    n: int,
+    row_offset: int,
+    seed: int,
+    context: Tensor | None,
+    packed: Tensors,
+    log_scale: Tensor,
+    shape: FlowShape,
+    tile: FlowTile,
+) -> Tensor:
+    """``x`` [n, D] in float32: rows ``row_offset`` to ``row_offset + n`` of the sample.
+
+    The context has one row for each of them.
+    """
+    x = torch.empty((n, shape.features), dtype=torch.float32, device=log_scale.device)
+    if n == 0:
+        return x
+    with on_device(x):
+        flow_sample_kernel[(ceil_div(n, tile.rows),)](
+            context, *packed, log_scale, x, n, *_depth(shape), row_offset, seed, *_strides(context),
+            PRIOR=shape.prior, **_constants(context, shape, tile),
+        )  # fmt: skip
+    return x
+
+
+def _depth(shape: FlowShape) -> tuple[int, int]:
+    return shape.couplings, len(shape.hidden)
+
+
+def _strides(context: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if context is None else context.stride()
+
+
+def _constants(context: Tensor | None, shape: FlowShape, tile: FlowTile) -> dict[str, object]:
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return limit | {
+        "D": shape.features, "C": shape.context,
+        "C_DENSE": context is not None and is_dense(context), "ACTIVATION": shape.activation,
+        "PRODUCTS": tile.products, "PARTS": PARTS[tile.products],
+        "PRECISE": tile.products not in ("bf16", "tf32"), "ROWS": tile.rows,
+        "DP": tile.features, "HP": tile.hidden, "STAGES": tile.stages, "num_warps": tile.warps,
+    }  # fmt: skip

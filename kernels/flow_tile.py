@@ -1,0 +1,122 @@
+"""Which whole flows one kernel can serve, and with which tile: pure functions of the shape.
+
+A tile of ``rows`` rows stays on the chip through the whole flow, so what limits a flow is its
+widths, padded to few buckets: the running x takes ``rows * features`` registers of a program, a
+layer's activations ``rows * hidden`` and its operand as many again. The tile does not depend on
+the number of rows: a row's result is the same bits whatever batch it comes in.
+"""
+
+from typing import NamedTuple
+
+FEATURES = (16, 32, 64, 128)  # padded widths: at least 16, the least K of a matrix instruction
+HIDDEN = (32, 64, 128, 256)
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "gelu", "silu", "elu")
+PRIORS = ("logistic", "normal")
+PRECISIONS = ("bf16", "tf32", "fp32")
+PARTS = {"bf16": 1, "tf32": 1, "tf32x3": 2, "bf16x6": 3, "ieee": 1}  # of each packed weight
+MAX_ELEMENTS = 2**31 - 1  # of a packed weight: its offsets are 32 bits wide
+PRODUCTS = {"bf16": "bf16", "tf32": "tf32", "fp32": "tf32x3"}  # of a precision
+# by hidden: rows of a tile for 16, 32, 64, 128 features, 0 where every tile spills or is too small
+# to be worth a launch; what compiles without a spill, see bench/flow_cases.py
+ROWS = {
+    "sm_80": {
+        "bf16": {32: (128, 128, 128, 64), 64: (128, 128, 128, 64), 128: (128, 128, 128, 64)},
+        "tf32": {32: (128, 128, 128, 64), 64: (128, 128, 128, 64), 128: (128, 128, 128, 64)},
+        "fp32": {32: (128, 128, 128, 0), 64: (32, 32, 32, 0)},
+    },
+    "sm_90": {
+        "bf16": {
+            32: (128, 128, 128, 64), 64: (128, 128, 128, 64), 128: (128, 128, 128, 64),
+            256: (64, 64, 64, 0),
+        },
+        "tf32": {32: (128, 128, 128, 64), 64: (128, 128, 128, 64), 128: (128, 128, 128, 64)},
+        "fp32": {32: (128, 128, 128, 0), 64: (128, 128, 128, 0)},
+    },
+    "sm_100": {
+        "bf16": {
+            32: (128, 128, 128, 64), 64: (128, 128, 128, 64), 128: (128, 128, 128, 64),
+            256: (64, 64, 64, 64),
+        },
+        "tf32": {32: (128, 128, 128, 64), 64: (128, 128, 128, 64), 128: (128, 128, 128, 64)},
+        "fp32": {32: (128, 128, 128, 0), 64: (128, 128, 128, 0)},
+    },
+    "gfx942": {
+        "bf16": {32: (64, 64, 64, 64), 64: (64, 64, 64, 0), 128: (32, 32, 0, 0)},
+        "tf32": {32: (64, 64, 64, 32), 64: (64, 64, 64, 0), 128: (32, 32, 0, 0)},
+        "fp32": {32: (64, 64, 64, 0), 64: (64, 64, 32, 32), 128: (64, 64, 64, 0)},
+    },
+}  # fmt: skip
+ARCHS = tuple(ROWS)
+
+
+class FlowShape(NamedTuple):
+    """Everything a whole-flow kernel is compiled for, but the precision and the tile."""
+
+    features: int
+    context: int
+    hidden: tuple[int, ...]
+    couplings: int
+    activation: str
+    prior: str
+
+
+class FlowTile(NamedTuple):
+    """``rows`` rows by ``warps`` warps, widths padded to ``features`` and ``hidden``.
+
+    ``products`` is how a matrix product is made of the hardware's, a key of :data:`PARTS`;
+    ``stages``, how many layers' weights are on their way at once; ``registers``, how many a thread
+    may have where that has to be said: left alone, ptxas settles for fewer and spills.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    features: int
+    hidden: int
+    products: str
+    registers: int | None
+
+
+def flow_tile(shape: FlowShape, precision: str, arch: str) -> FlowTile | str:
+    """The tile of a whole-flow kernel, or, for a user to read, why there is none.
+
+    >>> flow_tile(FlowShape(21, 3, (100, 50), 4, "relu", "logistic"), "bf16", "sm_90")[:2]
+    (128, 8)
+    """
+    d, c, hidden = shape.features, shape.context, shape.hidden
+    for name, value, known in (
+        ("architecture", arch, ARCHS),
+        ("precision", precision, PRECISIONS),
+        ("activation", shape.activation, ACTIVATIONS),
+        ("prior", shape.prior, PRIORS),
+    ):
+        if value not in known:
+            return f"no whole-flow kernel for {name} {value}, only for {', '.join(known)}"
+    if not hidden:
+        return "a whole-flow kernel needs conditioners with a hidden layer"
+    width = f"{d} features and {c} of context" if c else f"{d} features"
+    if d + c > FEATURES[-1]:
+        return f"{width}: a whole-flow kernel holds at most {FEATURES[-1]}"
+    rows_of = ROWS[arch][precision]
+    if max(hidden) > max(rows_of):
+        return (
+            f"hidden layers of up to {max(hidden)} units: in {precision} on {arch} a whole-flow "
+            f"kernel holds at most {max(rows_of)}"
+        )
+    dp = next(b for b in FEATURES if b >= d + c)
+    hp = next(b for b in HIDDEN if b >= max(hidden))
+    products = "ieee" if (arch, precision) == ("gfx942", "fp32") else PRODUCTS[precision]
+    rows = rows_of[hp][FEATURES.index(dp)]
+    if not rows:
+        return (
+            f"{width} with hidden layers of up to {max(hidden)} units: in {precision} on {arch} "
+            "no tile of a whole-flow kernel stays in the registers"
+        )
+    layers = shape.couplings * max(len(hidden) - 1, 1)
+    if layers * PARTS[products] * hp * max(hp, dp) > MAX_ELEMENTS:
+        return f"{shape.couplings} couplings: a whole-flow kernel holds at most 2^31 weights"
+    nvidia = arch.startswith("sm_")
+    # two layers' weights in shared memory, where those of one leave registers to be saved
+    ahead = nvidia and PARTS[products] == 1 and hp in (64, 128) and (dp, products) != (128, "tf32")
+    warps = 8 if nvidia and rows >= 64 else 4
+    return FlowTile(rows, warps, 2 if ahead else 1, dp, hp, products, 255 if nvidia else None)

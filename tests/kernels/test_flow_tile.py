@@ -1,0 +1,73 @@
+"""Which whole flows get a kernel, and what the others are told."""
+
+import itertools
+
+import pytest
+
+flow_tile_module = pytest.importorskip("nicefast.kernels.flow_tile", reason="needs Triton")
+FlowShape, FlowTile, flow_tile = (
+    flow_tile_module.FlowShape,
+    flow_tile_module.FlowTile,
+    flow_tile_module.flow_tile,
+)
+ARCHS, PRECISIONS = flow_tile_module.ARCHS, flow_tile_module.PRECISIONS
+SHAPE = FlowShape(20, 3, (60, 50), 4, "relu", "logistic")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_tiles_are_sound_and_no_wider_than_needed(arch, precision):
+    for d, c, h in itertools.product((2, 15, 16, 17, 100), (0, 1, 28), (1, 16, 33, 64, 120, 256)):
+        tile = flow_tile(SHAPE._replace(features=d, context=c, hidden=(3, h)), precision, arch)
+        if isinstance(tile, str):
+            assert h > 64 or d + c > 64
+            continue
+        assert isinstance(tile, FlowTile)
+        assert d + c <= tile.features < max(2 * (d + c), 17)
+        assert h <= tile.hidden < max(2 * h, 33)
+        for size in (tile.rows, tile.features, tile.hidden):
+            assert size & (size - 1) == 0
+        assert tile.rows >= 16
+        assert tile.warps in (4, 8)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bf16_at_hidden_128_is_served(arch):
+    for d in (8, 32) if arch == "gfx942" else (8, 64, 128):
+        shape = SHAPE._replace(features=d, context=0, hidden=(128,) * 3)
+        assert isinstance(flow_tile(shape, "bf16", arch), FlowTile)
+
+
+def test_the_tile_depends_on_widths_precision_and_architecture_alone():
+    tile = flow_tile(SHAPE, "bf16", "sm_90")
+    for activation, prior in itertools.product(
+        flow_tile_module.ACTIVATIONS, flow_tile_module.PRIORS
+    ):
+        shape = SHAPE._replace(activation=activation, prior=prior, couplings=9)
+        assert flow_tile(shape, "bf16", "sm_90") == tile
+    assert flow_tile(SHAPE._replace(hidden=(64,) * 7), "bf16", "sm_90") == tile
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"features": 129}, "at most 128"),
+        ({"features": 100, "context": 29}, "100 features and 29 of context"),
+        ({"hidden": ()}, "hidden layer"),
+        ({"hidden": (16, 300)}, "300"),
+        ({"hidden": (256,) * 3, "features": 90}, "256"),
+        ({"couplings": 2_000_000}, "weights"),
+        ({"activation": "softplus"}, "softplus"),
+        ({"prior": "cauchy"}, "cauchy"),
+    ],
+)
+def test_reasons(change, said):
+    reason = flow_tile(SHAPE._replace(**change), "fp32", "sm_90")
+    assert isinstance(reason, str)
+    assert said in reason
+
+
+def test_unchecked_architectures_and_precisions():
+    assert "sm_120" in flow_tile(SHAPE, "bf16", "sm_120")
+    assert "sm_90" in flow_tile(SHAPE, "bf16", "gfx1100")
+    assert "fp64" in flow_tile(SHAPE, "fp64", "sm_90")
