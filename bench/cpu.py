@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from . import elementwise, timing
+from .gate import Gate
 from .providers import (
     PEERS,
     PRECISIONS,
     PROVIDERS,
-    Gate,
     Mode,
     Provider,
     Shape,
@@ -40,6 +40,7 @@ SHAPES = {
     "D8": Shape(8, (64, 64), 65_536),
     "D64": Shape(64, (256, 256, 256), 16_384),
     "D784": Shape(784, (1000,) * 5, 512),
+    "small": Shape(64, (128, 128), 128, couplings=8),
 }
 ELEMENTWISE = "elementwise"
 ELEMENTWISE_ROWS, ELEMENTWISE_FEATURES = 65_536, 784

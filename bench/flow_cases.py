@@ -42,7 +42,7 @@ PRODUCTS = {
     "sm_100": ("tcgen05.mma", "mma.sync"),
     "gfx942": ("v_mfma",),
 }
-DOTS = {"bf16": 1, "tf32": 1, "tf32x3": 3, "bf16x6": 6, "ieee": 1}  # for one product
+DOTS = {"bf16": 1, "tf32": 1, "tf32x3": 3, "ieee": 1}  # for one product
 DENSE = ("dense", "strided")  # 16-byte accesses where D allows
 _FLOW: dict[str, tuple[Any, ...]] = {
     "activation": ACTIVATIONS,
@@ -114,7 +114,7 @@ def flow_case(
     d = tile.features - c if v["width"] == "full" else tile.features // 2 + 1
     shape = FlowShape(d, c, (tile.hidden,) * layers, couplings, v["activation"], v["prior"])
     n, dp, hp, parts = v["rows"], tile.features, tile.hidden, PARTS[tile.products]
-    work = torch.bfloat16 if "bf16" in tile.products else torch.float32
+    work = torch.bfloat16 if tile.products == "bf16" else torch.float32
     empty = functools.partial(torch.empty, dtype=torch.float32, device="meta")
     packed = (
         empty(couplings, parts, hp, dp, dtype=work),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import nicefast as nf
+from bench.providers import logistic_log_prob
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 
@@ -23,12 +24,6 @@ def plain_coupling(x, shift):
     return torch.cat((x[:, :half], x[:, half:] + shift), 1)
 
 
-def plain_log_prob(h, log_scale):
-    z = h * log_scale.exp()
-    softplus = torch.nn.functional.softplus
-    return (-softplus(z) - softplus(-z)).sum(-1) + log_scale.sum()
-
-
 def fast_coupling(x, shift):
     return nf.functional.additive_coupling(x, shift, nf.Partition.half(D))
 
@@ -36,8 +31,8 @@ def fast_coupling(x, shift):
 CASES = {
     "coupling": (plain_coupling, {"nicefast": fast_coupling, "plain": plain_coupling}),
     "log_prob": (
-        plain_log_prob,
-        {"nicefast": nf.functional.scale_log_prob, "plain": plain_log_prob},
+        logistic_log_prob,
+        {"nicefast": nf.functional.scale_log_prob, "plain": logistic_log_prob},
     ),
 }
 

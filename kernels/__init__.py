@@ -5,19 +5,24 @@
     sampling.py     counter-based noise of the prior with the inverse scaling, and its gradient
     flow.py         a whole flow in one launch: log-density, forward, inverse, sample
     packing.py      a flow's parameters as flow.py reads them; flow_tile.py, which flows it serves
-    activation.py   the conditioners' activations; prior.py, the priors' formulas, for those above
+    product.py      matrix products; activation.py, the conditioners' activations; prior.py, the
+                    priors' formulas: for those above
     tile.py         which tile a shape and dtype get; launch.py, what surrounds a launch
 
 Nothing here validates: ``nicefast.functional`` does, and ``nicefast.ops`` calls the launchers.
 """
 
+import triton
+
 from .coupling import couple, couple_, select
 from .flow import flow_fwd, flow_inv, flow_sample
 from .flow_tile import FlowShape, FlowTile
-from .launch import INTERPRETED
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
 from .packing import pack
 from .sampling import sample_bwd, sample_fwd
+
+#: True where the kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 __all__ = [
     "INTERPRETED",

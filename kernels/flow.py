@@ -27,79 +27,9 @@ from .flow_tile import PARTS, FlowShape, FlowTile
 from .launch import is_dense, on_device
 from .packing import Tensors
 from .prior import prior_log_prob
+from .product import linear, operand
 from .sampling import noise
 from .tile import ceil_div
-
-
-@triton.jit
-def operand(b_a, PRODUCTS: tl.constexpr):
-    """At once, not before its product: a value that waits takes half as many registers."""
-    if PRODUCTS == "bf16":
-        b_a = b_a.to(tl.bfloat16)
-    return b_a
-
-
-@triton.jit
-def to_tf32(b_a):
-    """Rounded to the 11 significant bits of TF32 (NaN may become anything)."""
-    return ((b_a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def weight(p_w, i_w, OUT: tl.constexpr, IN: tl.constexpr):
-    """The weight [OUT, IN] number i_w, transposed."""
-    # the number is in the offset, not in the pointer: no address is kept across a loop
-    o_w = tl.arange(0, IN)[:, None] + (i_w * OUT + tl.arange(0, OUT)[None, :]) * IN
-    return tl.load(p_w + o_w)
-
-
-@triton.jit
-def linear(
-    b_a,  # [ROWS, IN]
-    p_w,  # [..., OUT, IN]
-    i_w,
-    p_b,  # [OUT]
-    PRODUCTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-):
-    """Operand times transposed weight, plus bias, accumulated in float32.
-
-    Three products of TF32 halves, or six of bf16 thirds, are as accurate as float32: what is left
-    out is below its last bit.
-    """
-    b_w = weight(p_w, i_w, OUT, IN)
-    b_p = tl.zeros((ROWS, OUT), dtype=tl.float32)
-    if PRODUCTS == "bf16":
-        b_p = tl.dot(b_a, b_w, b_p, input_precision="tf32")
-    elif PRODUCTS == "tf32":
-        # the hardware would cut off what is too much, always towards 0
-        b_a = tl.where(b_a == b_a, to_tf32(b_a), b_a)
-        b_p = tl.dot(b_a, b_w, b_p, input_precision="tf32")
-    elif PRODUCTS == "tf32x3":
-        b_high = to_tf32(b_a)
-        b_p = tl.dot(b_a - b_high, b_w, b_p, input_precision="tf32")
-        b_p = tl.dot(b_high, weight(p_w, i_w + 1, OUT, IN), b_p, input_precision="tf32")
-        b_p = tl.dot(b_high, b_w, b_p, input_precision="tf32")
-    elif PRODUCTS == "bf16x6":
-        b_0 = b_a.to(tl.bfloat16)
-        b_rest = b_a - b_0.to(tl.float32)
-        b_1 = b_rest.to(tl.bfloat16)
-        b_2 = (b_rest - b_1.to(tl.float32)).to(tl.bfloat16)
-        b_p = tl.dot(b_2, b_w, b_p, input_precision="tf32")
-        b_p = tl.dot(b_0, weight(p_w, i_w + 2, OUT, IN), b_p, input_precision="tf32")
-        b_w1 = weight(p_w, i_w + 1, OUT, IN)
-        b_p = tl.dot(b_1, b_w1, b_p, input_precision="tf32")
-        b_p = tl.dot(b_1, b_w, b_p, input_precision="tf32")
-        b_p = tl.dot(b_0, b_w1, b_p, input_precision="tf32")
-        b_p = tl.dot(b_0, b_w, b_p, input_precision="tf32")
-    else:
-        tl.static_assert(PRODUCTS == "ieee")
-        b_p = tl.dot(b_a, b_w, b_p, input_precision="ieee")
-    # minus its negative: the compiler turns a sum into an accumulator that starts as the bias,
-    # which is then alive while the last accumulator still is
-    return b_p - tl.load(p_b + tl.arange(0, OUT))[None, :]
 
 
 @triton.jit
@@ -176,6 +106,18 @@ def load_rows(
     return tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def with_context(
+    b_x, p_c, o_n, m_n, stride_n, stride_d, D: tl.constexpr, C: tl.constexpr,
+    DENSE: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The tile ``b_x`` with the context's rows, if there is one, in columns D .. D + C - 1."""
+    if C > 0:
+        b_c = load_rows(p_c, o_n, m_n, stride_n, stride_d, D, C, DENSE, DP)
+        b_x = tl.where(tl.arange(0, DP)[None, :] < D, b_x, b_c)  # not a sum: -0.0 keeps its sign
+    return b_x
+
+
 @triton.jit(do_not_specialize=["L", "K"])
 def flow_fwd_kernel(
     p_x,  # [N, D]
@@ -214,9 +156,7 @@ def flow_fwd_kernel(
     o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_d = tl.arange(0, DP)[None, :]
     b_x = load_rows(p_x, o_n, o_n < N, stride_xn, stride_xd, 0, D, X_DENSE, DP)
-    if C > 0:
-        b_c = load_rows(p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
-        b_x = tl.where(o_d < D, b_x, b_c)  # not a sum: -0.0 keeps its sign
+    b_x = with_context(b_x, p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
     b_x = couplings(
         b_x, p_in, p_mid, p_out, p_b, p_sides,
         L, K, False, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
@@ -269,9 +209,7 @@ def flow_inv_kernel(
     o_d = tl.arange(0, DP)[None, :]
     b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_x = load_rows(p_z, o_n, o_n < N, stride_zn, stride_zd, 0, D, X_DENSE, DP) * tl.exp(-b_s)
-    if C > 0:
-        b_c = load_rows(p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
-        b_x = tl.where(o_d < D, b_x, b_c)  # not a sum: -0.0 keeps its sign
+    b_x = with_context(b_x, p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
     b_x = couplings(
         b_x, p_in, p_mid, p_out, p_b, p_sides,
         L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
@@ -316,9 +254,7 @@ def flow_sample_kernel(
     b_z = noise(o_n + row_offset, o_q, seed, PRIOR, tl.float32, ROWS, DP // 4)
     b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_x = tl.where(o_d < D, b_z * tl.exp(-b_s), 0.0)
-    if C > 0:
-        b_c = load_rows(p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
-        b_x = tl.where(o_d < D, b_x, b_c)  # not a sum: -0.0 keeps its sign
+    b_x = with_context(b_x, p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
     b_x = couplings(
         b_x, p_in, p_mid, p_out, p_b, p_sides,
         L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,

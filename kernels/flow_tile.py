@@ -13,7 +13,7 @@ HIDDEN = (32, 64, 128, 256)
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "gelu", "silu", "elu")
 PRIORS = ("logistic", "normal")
 PRECISIONS = ("bf16", "tf32", "fp32")
-PARTS = {"bf16": 1, "tf32": 1, "tf32x3": 2, "bf16x6": 3, "ieee": 1}  # of each packed weight
+PARTS = {"bf16": 1, "tf32": 1, "tf32x3": 2, "ieee": 1}  # of each packed weight
 MAX_ELEMENTS = 2**31 - 1  # of a packed weight: its offsets are 32 bits wide
 PRODUCTS = {"bf16": "bf16", "tf32": "tf32", "fp32": "tf32x3"}  # of a precision
 # by hidden: rows of a tile for 16, 32, 64, 128 features, 0 where every tile spills or is too small

@@ -3,12 +3,8 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-
-#: True where the kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors.
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

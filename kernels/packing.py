@@ -1,7 +1,7 @@
 """A flow's parameters as the whole-flow kernels read them: flat, padded, in the operands' dtype.
 
 For couplings l < L with K hidden layers, features (with the context's) and hidden widths padded
-to DP and HP, and each weight in one to three parts that add up to it,
+to DP and HP, and each weight in one or two parts that add up to it,
 
     w_in    [L, PARTS, HP, DP]          zero columns for features that do not condition
     w_mid   [L, K - 1, PARTS, HP, HP]
@@ -74,12 +74,7 @@ def _split(w: Tensor, products: str) -> Tensor:
     if products == "tf32x3":
         high = _to_tf32(w)
         return torch.stack((high, _to_tf32(w - high)))
-    parts = [w.to(torch.bfloat16)]
-    if products == "bf16x6":
-        for _ in range(2):
-            w = w - parts[-1].float()
-            parts.append(w.to(torch.bfloat16))
-    return torch.stack(parts)
+    return w.to(torch.bfloat16)[None]
 
 
 def _to_tf32(w: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from . import reference
 from .ops import columns_of
-from .products import Chain, Kept, couple, couple_backward
+from .products import Activations, Chain, couple, couple_backward
 from .reference import at_least_float32
 
 
@@ -186,11 +186,13 @@ class Couple(Function):
         context: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        kept: dict[int, list[Kept]] | None = None if chain.rebuild else {}
-        y = couple(chain, x, context, inverse, kept)
+        activations = None
+        if not chain.rebuild:  # cut once: both passes have to see the same blocks
+            activations = Activations(chain.cut(len(x), x.device, training=True), {})
+        y = couple(chain, x, context, inverse, activations)
         ctx.save_for_backward(x, y, context)
         # not among the saved tensors: they are the model's, and no copies of anything
-        ctx.chain, ctx.inverse, ctx.kept = chain, inverse, kept
+        ctx.chain, ctx.inverse, ctx.activations = chain, inverse, activations
         ctx.versions = [p._version for p in parameters]
         return y
 
@@ -218,7 +220,10 @@ class Couple(Function):
             found = iter(torch.autograd.grad(again, wanted, grad_y, create_graph=True))
             grads = [next(found) if w else None for w in ctx.needs_input_grad[2:]]
             return None, None, *grads
-        gradients = couple_backward(chain, grad_y, y, context, ctx.inverse, ctx.kept)
+        _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
+        gradients = couple_backward(
+            chain, grad_y, y, context, ctx.inverse, ctx.activations, wants_x, wants_context
+        )
         grad_c = gradients.context
         return (
             None,

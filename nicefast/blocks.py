@@ -90,7 +90,7 @@ def _settle_allocator() -> None:
     It learns from the largest it has seen freed (up to 32 MiB). Otherwise every block would go
     back to the system and come again as zeroed pages, at the price of its arithmetic.
     """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 
 
 @cache

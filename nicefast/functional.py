@@ -253,11 +253,50 @@ def sample_prior(
 
 
 def couple(chain: Chain, x: Tensor, context: Tensor | None = None, inverse: bool = False) -> Tensor:
-    """Rows ``x`` (N, D) through a whole chain of couplings; see :func:`nicefast.reference.couple`.
+    """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
 
-    ``chain`` is what :func:`nicefast.choose_path` found. Differentiable any number of times; with
-    narrow conditioners, memory does not grow with the number of couplings.
+    log |det| = 0 (Dinh et al. 2014, section 3.2). Differentiable any number of times; with narrow
+    conditioners, memory does not grow with the number of couplings.
+
+    Args:
+        chain: what :func:`nicefast.choose_path` found for rows of this kind.
+        x: (N, D), float32.
+        context: (N, K), where the conditioners take one.
+        inverse: back through the couplings.
+
+    Returns:
+        y (N, D), a new tensor.
+
+    Raises:
+        TypeError: x or context is no floating-point tensor, or x is not float32.
+        ValueError: shapes or devices that do not fit; missing or unexpected context.
+
+    >>> import torch, nicefast as nf
+    >>> flow, x = nf.NICE(4, hidden=(8,)), torch.ones(2, 4)
+    >>> chain = nf.choose_path(flow, x).chain
+    >>> y = nf.functional.couple(chain, x)
+    >>> torch.allclose(nf.functional.couple(chain, y, inverse=True), x)
+    True
     """
+    _check_tensor("x", x)
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32, got {x.dtype}")
+    features = sum(f.size for f in chain.sides)
+    if x.ndim != 2 or x.shape[1] != features:
+        raise ValueError(f"x must have shape (N, {features}), got {tuple(x.shape)}")
+    where = chain.parameters[0].device
+    if x.device != where:
+        raise ValueError(f"x must be on {where}, where the parameters are, got {x.device}")
+    if (context is None) != (chain.context == 0):
+        got = "none" if context is None else f"shape {tuple(context.shape)}"
+        raise ValueError(f"context must have {chain.context} features, got {got}")
+    if context is not None:
+        _check_tensor("context", context)
+        if context.shape != (len(x), chain.context):
+            raise ValueError(
+                f"context must have shape ({len(x)}, {chain.context}), got {tuple(context.shape)}"
+            )
+        _check_device("context", context, x)
     parameters = chain.parameters
     tensors = [x, *parameters] if context is None else [x, context, *parameters]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

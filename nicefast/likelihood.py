@@ -28,7 +28,7 @@ def serves(*tensors: Tensor | None) -> bool:
 def scale_log_prob(
     h: Tensor, log_scale: Tensor, prior: str, return_z: bool
 ) -> tuple[Tensor, Tensor]:
-    """``(z, log_prob)``; z is empty unless asked for."""
+    """``(z (N, D), log_prob (N,))`` of ``h`` (N, D), in nats; z is empty unless asked for."""
     n, d = h.shape
     z = h.new_empty((n, d) if return_z else (0,))
     log_prob = h.new_empty(n)
@@ -60,7 +60,7 @@ def scale_log_prob(
 def scale_log_prob_backward(
     grad_z: Tensor | None, grad_log_prob: Tensor, h: Tensor, log_scale: Tensor, prior: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to ``h`` and ``log_scale``."""
+    """Gradients with respect to ``h`` (N, D) and ``log_scale`` (D,)."""
     n, d = h.shape
     grad_h, scale = h.new_empty(n, d), log_scale.exp()
     cut = _blocks(h)

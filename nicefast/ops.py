@@ -1,8 +1,9 @@
 """The operations as PyTorch knows them: schema, shapes, and one implementation for each device.
 
 ``torch.ops.nicefast.*`` take two-dimensional tensors that :mod:`nicefast.functional` has checked.
-The dispatcher picks the device; on a GPU the implementation is the Triton launcher, elsewhere the
-reference, unless :func:`nicefast.set_backend` says otherwise. Gradients live one floor up.
+The dispatcher picks the device; on a GPU the implementation is the Triton launcher, elsewhere plain
+PyTorch: the reference, or the same in cache blocks. :func:`nicefast.set_backend` can say otherwise.
+Gradients live one floor up.
 """
 
 from __future__ import annotations
@@ -204,10 +205,15 @@ _define(
 # scaling + prior + log-determinant + row sum ----------------------------------------------------
 
 
+def _in_blocks(*tensors: Tensor | None) -> bool:
+    """Whether :mod:`nicefast.likelihood` computes these, rather than the definition itself."""
+    return likelihood.serves(*tensors) and backend.get_backend() != "reference"
+
+
 def _scale_log_prob(
     h: Tensor, log_scale: Tensor, prior: str, return_z: bool
 ) -> tuple[Tensor, Tensor]:
-    if likelihood.serves(h, log_scale) and backend.get_backend() != "reference":
+    if _in_blocks(h, log_scale):
         return likelihood.scale_log_prob(h, log_scale, prior, return_z)
     z, log_prob = reference.scale_log_prob(h, log_scale, prior, return_z=True)
     return (z.contiguous() if return_z else h.new_empty(0)), log_prob
@@ -225,7 +231,7 @@ def _scale_log_prob_backward(
     grad_z: Tensor | None, grad_log_prob: Tensor, h: Tensor, log_scale: Tensor, prior: str
 ) -> tuple[Tensor, Tensor]:
     arguments = (grad_z, grad_log_prob, h, log_scale)
-    if likelihood.serves(*arguments) and backend.get_backend() != "reference":
+    if _in_blocks(*arguments):
         return likelihood.scale_log_prob_backward(*arguments, prior)
     return reference.scale_log_prob_backward(*arguments, prior)
 

@@ -11,6 +11,7 @@ never has to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -53,7 +54,7 @@ class Path(NamedTuple):
                 f"for each row {chain.flops:,} flop and {moved} bytes (x in, log_prob out): at "
                 f"least {least * 1e9:.3g} ns here, by {measured.flops / 1e9:.3g} GFLOP/s and "
                 f"{measured.bytes / 1e9:.3g} GB/s, measured",
-                f"the backward pass {gradient} ({chain.width} hidden units at most)",
+                f"the backward pass {gradient} ({chain.hidden} hidden units at most)",
             )
         )
 
@@ -65,7 +66,10 @@ class Flow(Protocol):
 
 
 def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
-    """The path of rows ``x`` (N, D) through ``flow``, and the reason for it.
+    """The path of rows ``x`` (N, D), with context (N, K) or none, through ``flow``, and why.
+
+    ``.name`` and ``.reason`` are for people. What no faster path serves goes layer by layer: that
+    is never an error (but ValueError for an unknown NICEFAST_BACKEND).
 
     >>> import torch, nicefast as nf
     >>> flow = nf.NICE(4, hidden=(8,))
@@ -113,7 +117,7 @@ def _autocast(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def uses_bfloat16(device: torch.device) -> bool:
+def _uses_bfloat16(device: torch.device) -> bool:
     """Whether products take bfloat16 operands: by autocast, or by the float32 matmul precision
     ``"medium"`` where the device has instructions for them."""
     if _autocast(device) is torch.bfloat16:
@@ -158,16 +162,16 @@ def _read(couplings: Sequence[nn.Module], x: Tensor, context: Tensor | None) -> 
         conditions.append(side)
     if (context is None) != (mlp.context == 0):
         return "the context is missing or unexpected"
-    width = max(len(bias) for layers in read for _, bias in layers[:-1])
-    return Chain(
+    chain = Chain(
         couplings=tuple(read),
         conditions=tuple(conditions),
         sides=sides,
         activation=mlp.activation,
         context=mlp.context,
-        bfloat16=uses_bfloat16(x.device),
-        rebuild=width <= REBUILD_WIDTH,
+        bfloat16=_uses_bfloat16(x.device),
+        rebuild=False,
     )
+    return replace(chain, rebuild=chain.hidden <= REBUILD_WIDTH)
 
 
 def _layers(coupling: nn.Module) -> Layers | str:

@@ -117,8 +117,14 @@ class Chain:
         return 2 * sum(w.numel() for layers in self.couplings for w, _ in layers)
 
     @property
+    def hidden(self) -> int:
+        """Units of the widest hidden layer."""
+        return max(len(b) for layers in self.couplings for _, b in layers[:-1])
+
+    @property
     def width(self) -> int:
-        return max(w.shape[0] for layers in self.couplings for w, _ in layers)
+        """Of the widest tensor between two products."""
+        return max(len(b) for layers in self.couplings for _, b in layers)
 
     def steps(self, inverse: bool) -> list[int]:
         """The couplings in the order in which they are computed."""
@@ -140,20 +146,28 @@ class Kept(NamedTuple):
     inputs: list[Tensor]
 
 
+class Activations(NamedTuple):
+    """What is kept for the backward pass: by block, one entry for each coupling as computed."""
+
+    cut: Blocks
+    kept: dict[int, list[Kept]]
+
+
 def couple(
     chain: Chain,
     x: Tensor,
     context: Tensor | None,
     inverse: bool,
-    kept: dict[int, list[Kept]] | None = None,
+    activations: Activations | None = None,
 ) -> Tensor:
     """``x`` [N, D] through all couplings, or back through them; a new float32 tensor.
 
-    What the gradient needs goes into ``kept``, by block, where it is given.
+    What the gradient needs goes into ``activations``, where they are given.
     """
+    keep = activations is not None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    cut = chain.cut(len(x), x.device, training=kept is not None)
-    products = _Products(chain, x.device, packed=kept is None and len(cut) > PACK_BLOCKS)
+    cut = chain.cut(len(x), x.device) if activations is None else activations.cut
+    products = _Products(chain, x.device, packed=not keep and len(cut) > PACK_BLOCKS)
 
     def work(share: range) -> None:
         for i in share:
@@ -161,19 +175,21 @@ def couple(
             pair, left = _take_apart(x[cut[i]], chain.sides), []
             for index in chain.steps(inverse):
                 side = chain.conditions[index]
-                k = products.conditioner(index, pair[side], c, keep=kept is not None)
+                k = products.conditioner(index, pair[side], c, keep)
                 pair[1 - side] = products.shift(index, k, pair[1 - side], inverse)
                 left.append(k)
             _put_together(y[cut[i]], pair, chain.sides)
-            if kept is not None:
-                kept[i] = left
+            if activations is not None:
+                activations.kept[i] = left
 
     cut.deal(work)
     return y
 
 
 class Gradients(NamedTuple):
-    x: Tensor
+    """None where it was not wanted."""
+
+    x: Tensor | None
     context: Tensor | None
     parameters: list[Tensor]
 
@@ -184,18 +200,20 @@ def couple_backward(
     y: Tensor,
     context: Tensor | None,
     inverse: bool,
-    kept: dict[int, list[Kept]] | None = None,
+    activations: Activations | None = None,
+    wants_x: bool = True,
+    wants_context: bool = True,
 ) -> Gradients:
-    """Gradients of :func:`couple` from that of its result ``y``; ``kept`` as it was left there.
+    """Gradients of :func:`couple` from that of its result ``y``; activations as they were left.
 
     Those of the parameters are summed over the blocks of a thread, then over threads, in a fixed
     order: the same bits every time.
     """
-    cut = chain.cut(len(y), y.device, training=True)
+    cut = chain.cut(len(y), y.device, training=True) if activations is None else activations.cut
     products = _Products(chain, y.device, packed=False)
-    grad_x = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    grad_x = torch.empty(y.shape, dtype=y.dtype, device=y.device) if wants_x else None
     grad_c = None
-    if context is not None:
+    if context is not None and wants_context:
         grad_c = torch.zeros(context.shape, dtype=torch.float32, device=y.device)
     steps, parameters = chain.steps(not inverse), chain.parameters
 
@@ -216,18 +234,20 @@ def couple_backward(
             g = [t.clone() for t in _take_apart(grad_y[cut[i]], chain.sides)]  # written over
             pair = _take_apart(y[cut[i]], chain.sides)
             for step, index in enumerate(steps):
-                side = chain.conditions[index]
-                if kept is not None:
-                    k = kept[i][len(steps) - 1 - step]
+                side, last = chain.conditions[index], step + 1 == len(steps)
+                if activations is not None:
+                    k = activations.kept[i][-1 - step]
                 else:
                     k = products.conditioner(index, pair[side], c, keep=True)
-                    if step + 1 < len(steps):  # the chain's own input is not asked for
+                    if not last:  # the chain's own input is not asked for
                         pair[1 - side] = products.shift(index, k, pair[1 - side], not inverse)
                 into = sums[first[index] : first[index + 1]]
+                g1 = None if last and not wants_x else g[side]
                 products.backward(
-                    index, k, c, g[1 - side], g[side], gc, into, inverse, first=i == share[0]
+                    index, k, c, g[1 - side], g1, gc, into, inverse, first=i == share[0]
                 )
-            _put_together(grad_x[cut[i]], g, chain.sides)
+            if grad_x is not None:
+                _put_together(grad_x[cut[i]], g, chain.sides)
         return sums
 
     total, *others = cut.deal(work)
@@ -292,7 +312,7 @@ class _Products:
         kept: Kept,
         c: Tensor | None,
         grad_y2: Tensor,
-        grad_y1: Tensor,
+        grad_y1: Tensor | None,
         grad_c: Tensor | None,
         sums: list[Tensor],
         inverse: bool,
@@ -300,20 +320,23 @@ class _Products:
     ) -> None:
         """Add coupling ``index``'s share to the gradients of y1, context and parameters.
 
-        The ``first`` share of the weights' is written over whatever ``sums`` holds.
+        Those of y1 and the context where they are wanted. The ``first`` share of the weights' is
+        written over whatever ``sums`` holds.
         """
         d = self.operand(-grad_y2 if inverse else grad_y2)
         for k in range(len(self.biases[index]) - 1, -1, -1):
             grad_w, grad_b = sums[2 * k], sums[2 * k + 1]
             grad_b.add_(d.sum(0, dtype=torch.float64))
-            if k == 0 and c is not None and grad_c is not None:
+            if k == 0 and c is not None:
                 x_columns = grad_w.shape[1] - c.shape[1]
                 _add_product(grad_w[:, x_columns:], d.t(), c, first)
                 grad_w = grad_w[:, :x_columns]
-                _add_product(grad_c, d, self.context_weights[index])
+                if grad_c is not None:
+                    _add_product(grad_c, d, self.context_weights[index])
             _add_product(grad_w, d.t(), kept.operands[k], first)
             if k == 0:
-                _add_product(grad_y1, d, self.weights[index][0])
+                if grad_y1 is not None:
+                    _add_product(grad_y1, d, self.weights[index][0])
                 break
             w = self.weights[index][k]
             if self.onednn and self.dtype == torch.float32 and d.numel():
@@ -344,11 +367,7 @@ class _Products:
             else:
                 y = linear(h, w, b, "none", [], "")
         elif plus is None:
-            if (
-                fused is self.activation.fused
-                and self.activation.apply_ is torch.relu_
-                and h.is_cuda
-            ):
+            if activate and h.is_cuda and self.activation.apply_ is torch.relu_:
                 return torch._addmm_activation(b, h, w.t())  # in cuBLAS's epilogue
             y = torch.addmm(b, h, w.t())
         else:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nicefast as nf
 
@@ -67,6 +68,28 @@ def kolmogorov_smirnov(z, prior):
     cdf = nf.priors.standard(prior, dtype=torch.float64, device=z.device).cdf(z)
     steps = torch.arange(n + 1, dtype=torch.float64, device=z.device) / n
     return math.sqrt(n) * torch.maximum(steps[1:] - cdf, cdf - steps[:-1]).max().item()
+
+
+class Operators(TorchDispatchMode):
+    """Remembers what PyTorch is asked to do in this thread: the names of operators, in order."""
+
+    FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def computing(self):
+        """All but views and allocations."""
+        return [n for n in self.seen if n not in self.FREE and "split" not in n]
+
+    def products(self):
+        names = ("mm", "addmm", "addmm_", "_linear_pointwise", "linear", "_addmm_activation")
+        return [n for n in self.seen if n in names]
 
 
 class GuardedMemory:

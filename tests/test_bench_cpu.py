@@ -10,18 +10,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cpu, elementwise, timing
+from bench.gate import Gate, values
 from bench.providers import (
     AUTOCAST,
     FLOAT32,
     PROVIDERS,
-    Gate,
     Plain,
     Shape,
     logistic_log_prob,
     make_weights,
     modes,
     training_call,
-    values,
 )
 
 SHAPE = Shape(8, (16, 12), 96)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from helpers import assert_three_way
+from helpers import Operators, assert_three_way
 
 R = nf.reference
 
@@ -171,21 +171,10 @@ def test_samples_have_the_density_s_moments():
 @pytest.mark.parametrize("partition", ["half", "alternating", "random"])
 def test_the_data_are_never_gathered_or_concatenated(triton_backend, device, partition):
     """On the Triton path the partition is index arithmetic inside kernels, in both directions."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Operations(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
     model = make(device=device, partition=partition)
     x = torch.randn(5, 6, device=device, requires_grad=True)
     model.log_prob(x)  # makes the maps of an arbitrary partition, once
-    with Operations() as operations:
+    with Operators() as operations:
         model.log_prob(x).sum().backward()
         model.inverse(model(x)[0])
         model.sample(3)
@@ -276,6 +265,7 @@ def test_explain(device):
     assert "9 products, float32 operands" in text
     assert "28 bytes" in text
     assert "plain PyTorch on cpu" in text
+    assert "(8 hidden units at most)" in make(40, hidden=(8,)).explain(rows=1)
     assert make().double().explain().startswith("layer by layer: float64 rows")
     with nf.set_backend("reference"):
         assert "'reference' was asked for" in make().explain()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from helpers import assert_three_way, error, partitions, strided
+from helpers import Operators, assert_three_way, error, partitions, strided
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -17,12 +17,8 @@ from nicefast.kernels.flow import flow_fwd, flow_inv, flow_sample
 from nicefast.kernels.flow_tile import FlowShape, flow_tile
 from nicefast.kernels.packing import pack
 
-F, R = torch.nn.functional, nf.reference
-ACTIVATIONS = {
-    "relu": torch.relu, "leaky_relu": F.leaky_relu, "tanh": torch.tanh,
-    "gelu": F.gelu, "silu": F.silu, "elu": F.elu,
-}  # fmt: skip
-PRIORS = ["logistic", "normal"]
+R = nf.reference
+PRIORS = list(R.PRIORS)
 #: bf16 is wrong in Triton's interpreter, so it is met on a GPU only
 PRECISIONS = ["fp32", "tf32", pytest.param("bf16", marks=pytest.mark.gpu)]
 ROWS = 16  # of a tile in the interpreter
@@ -82,7 +78,7 @@ class Flow:
         h = h if c is None else torch.cat((h, c.to(x.dtype)), 1)
         pairs = list(zip(self.weights[index], self.biases[index], strict=True))
         for i, (w, b) in enumerate(pairs):
-            h = ACTIVATIONS[self.shape.activation](h) if i else h
+            h = R.ACTIVATIONS[self.shape.activation](h) if i else h
             h = rounded(h) @ rounded(w).to(x.dtype).T + b.to(x.dtype)
         return h
 
@@ -162,14 +158,14 @@ def test_partitions(guarded, device, d, hidden, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", R.ACTIVATIONS)
 @pytest.mark.parametrize("prior", PRIORS)
 def test_activations(guarded, device, activation, prior, precision):
     f = Flow(chain(nf.Partition.random(7, 1)), (20, 33), activation, prior, 2, precision, device)
     check(f, *data(19, 7, 2, device))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", R.ACTIVATIONS)
 def test_small_inputs_keep_their_precision(guarded, device, activation):
     """Near 0, exp(x) - 1 and tanh have to be as precise as PyTorch's."""
     f = Flow(chain(nf.Partition.half(4), 1), (16,), activation, device=device)
@@ -210,7 +206,7 @@ def test_zero_rows(triton_backend, device):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", R.ACTIVATIONS)
 @pytest.mark.parametrize("where", ["x", "context"])
 def test_nan_stays_in_its_row(guarded, device, activation, where, precision):
     f = Flow(
@@ -328,19 +324,7 @@ def test_one_launch_for_each_call(triton_backend, device):
                 function()
             assert launches.__getitem__.return_value.call_count == 1
             assert not any(m.mock_calls for m in untouched.values())
-            assert operators.seen <= {"aten.empty.memory_format"}
-
-
-class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers what PyTorch itself is asked to do."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(str(function))
-        return function(*args, **(kwargs or {}))
+            assert set(operators.seen) <= {"empty"}
 
 
 def test_packing_leaves_parameters_alone_and_can_be_traced(device):
