@@ -154,9 +154,9 @@ def _read(couplings: Sequence[nn.Module], x: Tensor, context: Tensor | None) -> 
             for t in (weight, bias):
                 if t.dtype != torch.float32 or t.device != x.device or type(t) not in _PLAIN:
                     return f"coupling {i}: parameters that are no float32 tensors on {x.device}"
-            if weight.shape != (len(bias), width):
+            if weight.shape != (bias.shape[0], width):
                 return f"coupling {i}: weights {tuple(weight.shape)} for {width} inputs"
-            width = len(bias)
+            width = bias.shape[0]
         if width != goal:
             return f"coupling {i}: {width} outputs for {goal} shifted features"
         conditions.append(side)

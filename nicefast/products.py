@@ -27,7 +27,7 @@ from .ops import Features, columns_of
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
 
 BLOCK_ELEMENTS = 1 << 20  # of one activation: large enough that threads seldom meet
-LEAST_FLOPS = 1 << 25  # below this, a batch is not worth the hand-over to threads
+LEAST_FLOPS = 1 << 30  # below this, a batch is not worth the hand-over to threads
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves
 PACK_BLOCKS = 4  # with more blocks than this, packing the weights costs less than it saves
 ROWS_PER_WIDTH = 16
@@ -119,12 +119,12 @@ class Chain:
     @property
     def hidden(self) -> int:
         """Units of the widest hidden layer."""
-        return max(len(b) for layers in self.couplings for _, b in layers[:-1])
+        return max(b.shape[0] for layers in self.couplings for _, b in layers[:-1])
 
     @property
     def width(self) -> int:
         """Of the widest tensor between two products."""
-        return max(len(b) for layers in self.couplings for _, b in layers)
+        return max(b.shape[0] for layers in self.couplings for _, b in layers)
 
     def steps(self, inverse: bool) -> list[int]:
         """The couplings in the order in which they are computed."""
