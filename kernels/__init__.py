@@ -16,7 +16,7 @@ import triton
 
 from .coupling import couple, couple_, select
 from .flow import flow_fwd, flow_inv, flow_sample
-from .flow_tile import FlowShape, FlowTile
+from .flow_tile import FlowShape, FlowTile, flow_tile
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
 from .packing import pack
 from .sampling import sample_bwd, sample_fwd
@@ -33,6 +33,7 @@ __all__ = [
     "flow_fwd",
     "flow_inv",
     "flow_sample",
+    "flow_tile",
     "pack",
     "sample_bwd",
     "sample_fwd",

@@ -17,6 +17,7 @@ from . import reference
 from .ops import columns_of
 from .products import Activations, Chain, couple, couple_backward
 from .reference import at_least_float32
+from .whole import WholeFlow
 
 
 class AdditiveCoupling(Function):
@@ -181,15 +182,19 @@ class Couple(Function):
     def forward(
         ctx: Any,
         chain: Chain,
+        whole: WholeFlow | None,
         inverse: bool,
         x: Tensor,
         context: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
         activations = None
-        if not chain.rebuild:  # cut once: both passes have to see the same blocks
-            activations = Activations(chain.cut(len(x), x.device, training=True), {})
-        y = couple(chain, x, context, inverse, activations)
+        if whole is not None:
+            y = whole.couple(x, context, inverse)
+        else:
+            if not chain.rebuild:  # cut once: both passes have to see the same blocks
+                activations = Activations(chain.cut(len(x), x.device, training=True), {})
+            y = couple(chain, x, context, inverse, activations)
         ctx.save_for_backward(x, y, context)
         # not among the saved tensors: they are the model's, and no copies of anything
         ctx.chain, ctx.inverse, ctx.activations = chain, inverse, activations
@@ -207,7 +212,7 @@ class Couple(Function):
             )
         if torch.is_grad_enabled():  # a gradient that must be differentiable itself
             inputs = [x, context, *chain.parameters]
-            wanted = [t for t, w in zip(inputs, ctx.needs_input_grad[2:], strict=True) if w]
+            wanted = [t for t, w in zip(inputs, ctx.needs_input_grad[3:], strict=True) if w]
             features = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
             again = reference.couple(
                 x,
@@ -218,14 +223,15 @@ class Couple(Function):
                 context,
             )
             found = iter(torch.autograd.grad(again, wanted, grad_y, create_graph=True))
-            grads = [next(found) if w else None for w in ctx.needs_input_grad[2:]]
-            return None, None, *grads
-        _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
+            grads = [next(found) if w else None for w in ctx.needs_input_grad[3:]]
+            return None, None, None, *grads
+        _, _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
         gradients = couple_backward(
             chain, grad_y, y, context, ctx.inverse, ctx.activations, wants_x, wants_context
         )
         grad_c = gradients.context
         return (
+            None,
             None,
             None,
             gradients.x,

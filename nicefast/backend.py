@@ -103,6 +103,28 @@ def why_not_kernels(device: torch.device) -> str | None:
     return _why_not_gpu(device.index or 0)
 
 
+def interprets(device: torch.device) -> bool:
+    """Whether kernels on ``device`` run in Triton's interpreter."""
+    return device.type == "cpu" and _interpreted()[0]
+
+
+def architecture(device: torch.device) -> str:
+    """What kernels on ``device`` are compiled for, as ``sm_90`` or ``gfx942``.
+
+    The interpreter takes the tiles of ``sm_90``.
+    """
+    if device.type != "cuda":
+        return "sm_90"
+    return _architecture(device.index or 0)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
 def describe(device: torch.device) -> str:
     """Which implementation operations on ``device`` run on now, and why, for people to read."""
     if uses_kernels(device):

@@ -16,6 +16,7 @@ from . import autograd, products
 from .ops import Features
 from .products import Chain
 from .reference import check_prior
+from .whole import WholeFlow
 
 
 class Split(Protocol):
@@ -252,7 +253,13 @@ def sample_prior(
     return autograd.SamplePrior.apply(log_scale.contiguous(), n, row_offset, seed, prior, dtype)
 
 
-def couple(chain: Chain, x: Tensor, context: Tensor | None = None, inverse: bool = False) -> Tensor:
+def couple(
+    chain: Chain,
+    x: Tensor,
+    context: Tensor | None = None,
+    inverse: bool = False,
+    whole: WholeFlow | None = None,
+) -> Tensor:
     """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
 
     log |det| = 0 (Dinh et al. 2014, section 3.2). Differentiable any number of times; with narrow
@@ -263,6 +270,7 @@ def couple(chain: Chain, x: Tensor, context: Tensor | None = None, inverse: bool
         x: (N, D), float32.
         context: (N, K), where the conditioners take one.
         inverse: back through the couplings.
+        whole: the kernel that does it, if :func:`nicefast.choose_path` found one.
 
     Returns:
         y (N, D), a new tensor.
@@ -298,10 +306,16 @@ def couple(chain: Chain, x: Tensor, context: Tensor | None = None, inverse: bool
             )
         _check_device("context", context, x)
     parameters = chain.parameters
-    tensors = [x, *parameters] if context is None else [x, context, *parameters]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return autograd.Couple.apply(chain, inverse, x, context, *parameters)
+    if records(x, context, *parameters):
+        return autograd.Couple.apply(chain, whole, inverse, x, context, *parameters)
+    if whole is not None:
+        return whole.couple(x, context, inverse)
     return products.couple(chain, x, context, inverse)
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what happens to any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

@@ -1,5 +1,7 @@
 """Which way a call takes through a flow, and why: decided here and nowhere else.
 
+    whole flow       one kernel launch from x to log_prob (nicefast.kernels.flow): where kernels
+                     run, for narrow MLPs
     products         the couplings as nothing but matrix products (nicefast.products): on the CPU
                      in blocks of rows that stay in the cache
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
@@ -18,39 +20,60 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
-from .layers import MLP, AdditiveCoupling
+from .layers import MLP, AdditiveCoupling, Scaling
 from .products import Chain, Layers
 from .roofline import ceilings
+from .whole import WholeFlow
 
 REBUILD_WIDTH = 128  # up to this hidden width the backward pass rebuilds activations
 DEVICES = ("cpu", "cuda")
 LAYERS = "layer by layer"
+KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 _PLAIN = (Tensor, nn.Parameter)
 
 
 class Path(NamedTuple):
-    """The way a call takes: ``chain`` where the couplings go through products in one piece."""
+    """The way a call takes: ``whole`` where one kernel does everything, ``chain`` where the
+    couplings go through products in one piece, as they do in the gradient of a whole flow."""
 
     name: str
     reason: str
     chain: Chain | None = None
+    whole: WholeFlow | None = None
 
     def describe(self, rows: int, features: int, device: torch.device) -> str:
-        """Path, block, precision, products, bytes, and the least time for each row."""
+        """Path, tile or blocks, precision, products, bytes, and the least time for each row."""
         if self.chain is None:
             return f"{self.name}: {self.reason}"
-        chain, cut = self.chain, self.chain.cut(rows, device)
+        chain = self.chain
         operands = "bfloat16" if chain.bfloat16 else "float32"
+        if self.whole is not None:
+            tile = self.whole.tile
+            pieces = (
+                f"{rows} rows in one launch, tiles of {tile.rows} rows and {tile.warps} warps, "
+                f"features padded to {tile.features}, hidden layers to {tile.hidden}, products by "
+                f"{tile.products}"
+            )
+        else:
+            cut = chain.cut(rows, device)
+            pieces = (
+                f"{rows} rows in {len(cut)} blocks of at most {cut.size}, {cut.threads} in flight"
+            )
         moved = 4 * features + 4
-        measured = ceilings(device, chain.bfloat16, torch.get_float32_matmul_precision())
+        precision = torch.get_float32_matmul_precision()
+        measured = ceilings(device, chain.bfloat16, precision)
+        if self.whole is not None and self.whole.tile.products == "tf32x3":
+            # three products of TF32, each at half the rate of bfloat16
+            sixth = ceilings(device, True, precision).flops / 6
+            measured = measured._replace(flops=max(measured.flops, sixth))
         least = measured.seconds(chain.flops, moved)
         gradient = "rebuilds activations" if chain.rebuild else "keeps activations"
         return "\n".join(
             (
                 f"{self.name}: {self.reason}",
-                f"{rows} rows in {len(cut)} blocks of at most {cut.size}, {cut.threads} in flight",
+                pieces,
                 f"{chain.products} products, {operands} operands, float32 sums and stream, "
-                f"float32 matmul precision '{torch.get_float32_matmul_precision()}'",
+                f"float32 matmul precision '{precision}'",
                 f"for each row {chain.flops:,} flop and {moved} bytes (x in, log_prob out): at "
                 f"least {least * 1e9:.3g} ns here, by {measured.flops / 1e9:.3g} GFLOP/s and "
                 f"{measured.bytes / 1e9:.3g} GB/s, measured",
@@ -63,6 +86,8 @@ class Flow(Protocol):
     """What is asked of a :class:`nicefast.NICE`, which lives one floor up."""
 
     couplings: nn.ModuleList
+    scaling: Scaling
+    prior_name: str
 
 
 def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
@@ -84,7 +109,41 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     chain = _read(list(flow.couplings), x, context)
     if not isinstance(chain, Chain):
         return Path(LAYERS, chain)
-    return Path("products", "every coupling is an MLP's, on one partition", chain)
+    reason = "every coupling is an MLP's, on one partition"
+    if not backend.uses_kernels(x.device):
+        return Path("products", reason, chain)
+    whole = _whole(chain, flow, x)
+    if isinstance(whole, WholeFlow):
+        return Path("whole flow", f"{reason}, and narrow", chain, whole)
+    if backend.interprets(x.device):  # kernels were asked for, and products use none
+        return Path(LAYERS, f"no whole-flow kernel: {whole}")
+    return Path("products", f"{reason}; no whole-flow kernel: {whole}", chain)
+
+
+def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
+    """The kernel for the whole flow, or why there is none."""
+    if type(flow.scaling) is not Scaling or _is_watched(flow.scaling):
+        return "the scaling is a module of its own, or has hooks"
+    if flow.scaling.log_scale.dtype != torch.float32:
+        return f"log_scale is {flow.scaling.log_scale.dtype}"
+    hidden = [tuple(b.shape[0] for _, b in layers[:-1]) for layers in chain.couplings]
+    for i, own in enumerate(hidden):
+        if own != hidden[0]:
+            return f"coupling {i} has other hidden layers than the first"
+    precision = "bf16" if chain.bfloat16 else KERNEL_PRECISION[torch.get_float32_matmul_precision()]
+    if precision == "bf16" and backend.interprets(x.device):
+        return "Triton's interpreter gets bfloat16 wrong"
+    kernels = backend.kernels()
+    shape = kernels.FlowShape(
+        features=x.shape[1],
+        context=chain.context,
+        hidden=hidden[0],
+        couplings=len(chain.couplings),
+        activation=chain.activation,
+        prior=flow.prior_name,
+    )
+    tile = kernels.flow_tile(shape, precision, backend.architecture(x.device))
+    return tile if isinstance(tile, str) else WholeFlow(chain, shape, tile, x.device)
 
 
 def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
@@ -104,8 +163,8 @@ def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
         return f"{str(wide.dtype).removeprefix('torch.')} rows"
     if x.device.type not in DEVICES:
         return f"device {x.device}"
-    if backend.get_backend() != "auto":
-        return f"backend '{backend.get_backend()}' was asked for"
+    if backend.get_backend() == "reference":
+        return "backend 'reference' was asked for"
     if _autocast(x.device) not in (None, torch.bfloat16):
         return f"autocast to {_autocast(x.device)}"
     return None

@@ -41,6 +41,29 @@ def strided(x, kind):
     return x
 
 
+def make(features=6, device="cpu", **options):
+    options = {"hidden": (16, 8), "couplings": 3, **options}
+    model = nf.NICE(features, **options)
+    with torch.no_grad():
+        model.scaling.log_scale.normal_(0, 0.5)
+        for coupling in model.couplings:
+            coupling.conditioner.linears[-1].reset_parameters()  # away from the identity
+    return model.to(device)
+
+
+def plain_log_prob(model, x, context=None):
+    """The flow written out in plain PyTorch."""
+    h = x.flatten(x.ndim - len(model.event_shape)) if model.event_shape else x
+    for coupling in model.couplings:
+        x1 = h[..., coupling.partition.conditioning.to(h.device)]
+        inputs = x1 if context is None else torch.cat((x1, context), -1)
+        layers = coupling.conditioner.linears
+        for linear in layers[:-1]:
+            inputs = torch.relu(linear(inputs))
+        h = nf.reference.additive_coupling(h, layers[-1](inputs), coupling.partition)
+    return nf.reference.scale_log_prob(h, model.scaling.log_scale, model.prior_name)
+
+
 def error(value, exact):
     """Largest absolute difference from the float64 value; NaN must match NaN."""
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()

@@ -1,0 +1,131 @@
+"""A whole flow as one kernel launch (nicefast.kernels.flow), its parameters packed as they change.
+
+What is packed is kept with the flow's first parameter and filled in again, at the same addresses
+(a captured CUDA graph reads them there), as soon as any parameter is another tensor, lies elsewhere
+or counts another version, and after every optimizer step: fused optimizers count no versions. Only
+what is written through ``p.data`` stays unseen, as it does in PyTorch itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from . import backend
+from .ops import check_log_scale, columns_of
+from .products import Chain
+
+
+@dataclass(frozen=True)
+class WholeFlow:
+    """Couplings, scaling and prior, and the tile of the kernel that computes them. No gradients."""
+
+    chain: Chain
+    shape: Any  # nicefast.kernels.FlowShape
+    tile: Any  # nicefast.kernels.FlowTile
+    device: torch.device
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        want_z: bool = False,
+        want_log_prob: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
+        with torch.no_grad():
+            check_log_scale(log_scale)
+            run = backend.kernels().flow_fwd
+            packed = self.packed()
+            return run(x, context, packed, log_scale, self.shape, self.tile, want_z, want_log_prob)
+
+    def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
+        """x of rows z (N, D)."""
+        with torch.no_grad():
+            check_log_scale(log_scale)
+            run = backend.kernels().flow_inv
+            return run(z, context, self.packed(), log_scale, self.shape, self.tile)
+
+    def sample(
+        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
+    ) -> Tensor:
+        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
+        with torch.no_grad():
+            check_log_scale(log_scale)
+            run = backend.kernels().flow_sample
+            packed = self.packed()
+            return run(n, row_offset, seed, context, packed, log_scale, self.shape, self.tile)
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        """Through the couplings alone: log_scale = 0, and exp(0) x is x to the last bit."""
+        zero = x.new_zeros(x.shape[1])
+        if inverse:
+            return self.inverse(x, context, zero)
+        return self.forward(x, context, zero, want_z=True)[0]
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """The parameters as the kernel reads them, as they are now."""
+        parameters = self.chain.parameters
+        if any(p.is_inference() for p in parameters):
+            return self._pack()  # these count no versions
+        _watch_optimizers()
+        versions = [_steps, *((WeakIdRef(p), p.data_ptr(), p._version) for p in parameters)]
+        found = _packed.get(parameters[0])
+        if found is None or not found.flow.packs_like(self):
+            found = _packed[parameters[0]] = _Packed(self, versions, self._pack())
+        elif found.versions != versions:
+            for old, new in zip(found.tensors, self._pack(), strict=True):
+                old.copy_(new)
+            found.versions = versions
+        return found.tensors
+
+    def packs_like(self, other: WholeFlow) -> bool:
+        """Whether both pack parameters of the same shapes to the same places of one device."""
+
+        def layout(flow: WholeFlow) -> tuple[Any, ...]:
+            sides = [(f.size, f.start, f.step, id(f.indices)) for f in flow.chain.sides]
+            return flow.shape, flow.tile, flow.device, flow.chain.conditions, sides
+
+        return layout(self) == layout(other)
+
+    def _pack(self) -> tuple[Tensor, ...]:
+        chain = self.chain
+        # filled in again by later calls, in whatever mode
+        with torch.inference_mode(False), torch.no_grad():
+            every = torch.arange(self.shape.features, device=self.device)
+            sides = [every[columns_of(f.indices, f.start, f.step, f.size)] for f in chain.sides]
+            return backend.kernels().pack(
+                self.shape,
+                [sides[side] for side in chain.conditions],
+                [sides[1 - side] for side in chain.conditions],
+                [[w for w, _ in layers] for layers in chain.couplings],
+                [[b for _, b in layers] for layers in chain.couplings],
+                self.tile,
+            )
+
+
+@dataclass
+class _Packed:
+    flow: WholeFlow
+    versions: list[Any]
+    tensors: tuple[Tensor, ...]
+
+
+_packed: Any = WeakIdKeyDictionary()
+_steps = 0  # of any optimizer
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
