@@ -198,7 +198,11 @@ def scale_log_prob(
     # z is never narrower than what it is made of, and float64 is computed from float64
     if return_z or log_scale.dtype == torch.float64:
         h = h.to(torch.promote_types(h.dtype, log_scale.dtype))
-    z, log_prob = autograd.ScaleLogProb.apply(_rows(h), log_scale.contiguous(), prior, return_z)
+    arguments = (_rows(h), log_scale.contiguous(), prior, return_z)
+    if _is_plain_call(h, log_scale):  # a Function costs as much as a small batch
+        z, log_prob = torch.ops.nicefast.scale_log_prob(*arguments)
+    else:
+        z, log_prob = autograd.ScaleLogProb.apply(*arguments)
     log_prob = log_prob.view(h.shape[:-1])
     return (z.view(h.shape), log_prob) if return_z else log_prob
 
@@ -316,6 +320,16 @@ def couple(
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd records what happens to any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_plain_call(*tensors: Tensor) -> bool:
+    """Whether nobody differentiates, transforms or compiles this call."""
+    return not (
+        torch.compiler.is_compiling()
+        or records(*tensors)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

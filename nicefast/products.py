@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +26,13 @@ from .ops import Features, columns_of
 
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
 
-BLOCK_ELEMENTS = 1 << 20  # of one activation: large enough that threads seldom meet
+BLOCK_ELEMENTS = 1 << 19  # of one activation: few enough for the cache, and threads seldom meet
 LEAST_FLOPS = 1 << 30  # below this, a batch is not worth the hand-over to threads
-ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves
-PACK_BLOCKS = 4  # with more blocks than this, packing the weights costs less than it saves
+ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
+ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
+ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this
 ROWS_PER_WIDTH = 16
+WIDE_SUM = 1 << 10  # rows: with fewer, a sum in float64 costs next to nothing
 GPU_ELEMENTS = 1 << 28  # of one activation on a GPU
 
 
@@ -44,6 +46,8 @@ class Activation(NamedTuple):
 
 
 _aten = torch.ops.aten
+# not in every build
+_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # oneDNN's relu turns NaN into 0, its leaky_relu does not; and -2^-100 |x| is lost in any sum
 ACTIVATIONS = {
     "relu": Activation(
@@ -164,23 +168,22 @@ def couple(
 
     What the gradient needs goes into ``activations``, where they are given.
     """
-    keep = activations is not None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cut = chain.cut(len(x), x.device) if activations is None else activations.cut
-    products = _Products(chain, x.device, packed=not keep and len(cut) > PACK_BLOCKS)
+    products = _Products(chain, x.device, inverse)
+    steps = [(index, chain.conditions[index]) for index in chain.steps(inverse)]
 
     def work(share: range) -> None:
         for i in share:
             c = None if context is None else products.operand(context[cut[i]])
-            pair, left = _take_apart(x[cut[i]], chain.sides), []
-            for index in chain.steps(inverse):
-                side = chain.conditions[index]
-                k = products.conditioner(index, pair[side], c, keep)
-                pair[1 - side] = products.shift(index, k, pair[1 - side], inverse)
-                left.append(k)
+            pair = _take_apart(x[cut[i]], chain.sides)
+            kept = None if activations is None else activations.kept.setdefault(i, [])
+            for index, side in steps:
+                own = None if kept is None else Kept([], [])
+                pair[1 - side] = products.shift(index, pair[side], pair[1 - side], c, own)
+                if kept is not None and own is not None:
+                    kept.append(own)
             _put_together(y[cut[i]], pair, chain.sides)
-            if activations is not None:
-                activations.kept[i] = left
 
     cut.deal(work)
     return y
@@ -210,7 +213,7 @@ def couple_backward(
     order: the same bits every time.
     """
     cut = chain.cut(len(y), y.device, training=True) if activations is None else activations.cut
-    products = _Products(chain, y.device, packed=False)
+    products = _Products(chain, y.device, not inverse)
     grad_x = torch.empty(y.shape, dtype=y.dtype, device=y.device) if wants_x else None
     grad_c = None
     if context is not None and wants_context:
@@ -218,13 +221,7 @@ def couple_backward(
     steps, parameters = chain.steps(not inverse), chain.parameters
 
     def work(share: range) -> list[Tensor]:
-        # biases' in float64: a sum of sums over blocks, next to a plain step's pairwise one
-        sums = [
-            torch.zeros(t.shape, dtype=torch.float64, device=t.device)
-            if t.ndim == 1
-            else torch.empty(t.shape, dtype=torch.float32, device=t.device)
-            for t in parameters
-        ]
+        sums = [_new_sum(t) for t in parameters]
         if not share:
             return [t.zero_() for t in sums]
         first = list(itertools.accumulate((2 * len(c) for c in chain.couplings), initial=0))
@@ -236,16 +233,19 @@ def couple_backward(
             for step, index in enumerate(steps):
                 side, last = chain.conditions[index], step + 1 == len(steps)
                 if activations is not None:
-                    k = activations.kept[i][-1 - step]
+                    kept = activations.kept[i][-1 - step]
                 else:
-                    k = products.conditioner(index, pair[side], c, keep=True)
-                    if not last:  # the chain's own input is not asked for
-                        pair[1 - side] = products.shift(index, k, pair[1 - side], not inverse)
+                    kept = Kept([], [])
+                    if last:  # the chain's own input is not asked for
+                        products.hidden(index, pair[side], c, kept)
+                    else:
+                        pair[1 - side] = products.shift(index, pair[side], pair[1 - side], c, kept)
                 into = sums[first[index] : first[index + 1]]
                 g1 = None if last and not wants_x else g[side]
-                products.backward(
-                    index, k, c, g[1 - side], g1, gc, into, inverse, first=i == share[0]
-                )
+                g2 = -g[1 - side] if inverse else g[1 - side]
+                g1 = products.backward(index, kept, c, g2, g1, gc, into, first=i == share[0])
+                if g1 is not None:
+                    g[side] = g1
             if grad_x is not None:
                 _put_together(grad_x[cut[i]], g, chain.sides)
         return sums
@@ -253,58 +253,107 @@ def couple_backward(
     total, *others = cut.deal(work)
     for sums in others:
         torch._foreach_add_(total, sums)
-    return Gradients(grad_x, grad_c, [t.float() for t in total])
+    shaped = [
+        t.float() if t.shape == p.shape else t.t().contiguous()
+        for t, p in zip(total, parameters, strict=True)
+    ]
+    return Gradients(grad_x, grad_c, shaped)
+
+
+class _Linear(NamedTuple):
+    """One layer as products take it."""
+
+    weight: Tensor
+    transposed: Tensor
+    bias: Tensor
+    flops: int  # for one row
 
 
 class _Products:
-    """The products of a chain on one device, with the weights as they take them.
+    """The products of a chain on one device, forwards or back through it (``inverse``).
 
-    Weights are converted and packed anew for each call, never kept: they can't be out of date.
+    Weights are converted anew for each call, never kept: they can't be out of date.
     """
 
-    def __init__(self, chain: Chain, device: torch.device, packed: bool) -> None:
+    def __init__(self, chain: Chain, device: torch.device, inverse: bool) -> None:
         self.activation = ACTIVATIONS[chain.activation]
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
-        self.onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.onednn = device.type == "cpu" and _pointwise is not None
+        self.relu = self.activation.apply_ is torch.relu_
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            self.weights = [[self.operand(w) for w, _ in layers] for layers in chain.couplings]
-            self.biases = [[self.operand(b) for _, b in layers] for layers in chain.couplings]
+            self.layers = [[self._layer(w, b) for w, b in layers] for layers in chain.couplings]
             self.context_weights: list[Tensor] = []
             if chain.context:
-                for weights in self.weights:
-                    sizes = (weights[0].shape[1] - chain.context, chain.context)
-                    x, c = weights[0].split(sizes, 1)
-                    weights[0] = x.contiguous()
+                for layers in self.layers:
+                    first = layers[0].weight
+                    x, c = first.split((first.shape[1] - chain.context, chain.context), 1)
+                    layers[0] = self._layer(x.contiguous(), layers[0].bias)
                     self.context_weights.append(c.contiguous())
-            self.packed = self.weights
-            if packed and self.onednn:
-                pack = torch.ops.mkldnn._reorder_linear_weight
-                self.packed = [[pack(w) for w in weights] for weights in self.weights]
+            # back: what is added has the opposite sign, to the last bit
+            self.last = [
+                self._layer(-layers[-1].weight, -layers[-1].bias) if inverse else layers[-1]
+                for layers in self.layers
+            ]
+
+    def _layer(self, weight: Tensor, bias: Tensor) -> _Linear:
+        w = self.operand(weight)
+        return _Linear(w, w.t(), self.operand(bias), 2 * w.numel())
 
     def operand(self, x: Tensor) -> Tensor:
         return x if x.dtype == self.dtype else x.to(self.dtype)
 
-    def conditioner(self, index: int, x1: Tensor, c: Tensor | None, keep: bool) -> Kept:
-        """All products of coupling ``index`` but its last; what that takes, or all, to ``keep``."""
-        h, operands, inputs = self.operand(x1), [], []
-        for k in range(len(self.biases[index]) - 1):
-            operands.append(h)
+    def shift(
+        self, index: int, x1: Tensor, x2: Tensor, c: Tensor | None, kept: Kept | None = None
+    ) -> Tensor:
+        """``x2`` shifted by coupling ``index``; what the gradient needs goes to ``kept``."""
+        h, last = self.hidden(index, x1, c, kept), self.last[index]
+        if x2.dtype != self.dtype:
+            return x2 + self._linear(last, h)
+        if self._fuses(last, h):
+            return _pointwise.binary(h, x2, last.weight, last.bias, "add")
+        return torch.addmm(x2, h, last.transposed).add_(last.bias)
+
+    def hidden(self, index: int, x1: Tensor, c: Tensor | None, kept: Kept | None) -> Tensor:
+        """The last hidden layer of coupling ``index``."""
+        h, *layers = self.operand(x1), *self.layers[index][:-1]
+        for k, layer in enumerate(layers):
             plus = None
             if k == 0 and c is not None:
-                plus = torch.addmm(self.biases[index][0], c, self.context_weights[index].t())
-            if keep and self.activation.from_input:
-                inputs.append(self._linear(index, k, h, plus, activate=False))
-                h = self.activation.apply_(inputs[-1].clone())
+                plus = torch.addmm(layer.bias, c, self.context_weights[index].t())
+            if kept is None:
+                h = self._activated(layer, h, plus)
+                continue
+            kept.operands.append(h)
+            if self.activation.from_input:
+                kept.inputs.append(self._linear(layer, h, plus))
+                h = self.activation.apply_(kept.inputs[-1].clone())
             else:
-                h = self._linear(index, k, h, plus, activate=True)
-        return Kept([*operands, h] if keep else [h], inputs)
+                h = self._activated(layer, h, plus)
+        if kept is not None:
+            kept.operands.append(h)
+        return h
 
-    def shift(self, index: int, kept: Kept, x2: Tensor, inverse: bool) -> Tensor:
-        """``x2`` with the last product added to it (inverse: taken from it)."""
-        h = kept.operands[-1]
-        if inverse or x2.dtype != self.dtype:
-            return x2.add(self._linear(index, -1, h, None, False), alpha=-1 if inverse else 1)
-        return self._linear(index, -1, h, x2, False, plus_bias=True)
+    def _fuses(self, layer: _Linear, h: Tensor) -> bool:
+        """Whether oneDNN takes this product, with what follows it."""
+        rows = h.shape[0]
+        least = ONEDNN_FLOPS if rows >= ONEDNN_ROWS else ONEDNN_FLOPS_OF_FEW
+        return self.onednn and layer.flops * rows >= least
+
+    def _linear(self, layer: _Linear, h: Tensor, plus: Tensor | None = None) -> Tensor:
+        """``h W^T + b``, with ``plus`` for the bias."""
+        if self._fuses(layer, h):
+            if plus is None:
+                return _pointwise(h, layer.weight, layer.bias, "none", [], "")
+            return _pointwise.binary(h, plus, layer.weight, None, "add")
+        return torch.addmm(layer.bias if plus is None else plus, h, layer.transposed)
+
+    def _activated(self, layer: _Linear, h: Tensor, plus: Tensor | None) -> Tensor:
+        if plus is None:
+            if self._fuses(layer, h) and self.activation.fused is not None:
+                return _pointwise(h, layer.weight, layer.bias, *self.activation.fused)
+            if self.relu:  # one call, and cuBLAS's epilogue
+                return torch._addmm_activation(layer.bias, h, layer.transposed)
+        return self.activation.apply_(self._linear(layer, h, plus))
 
     def backward(
         self,
@@ -315,66 +364,58 @@ class _Products:
         grad_y1: Tensor | None,
         grad_c: Tensor | None,
         sums: list[Tensor],
-        inverse: bool,
         first: bool,
-    ) -> None:
-        """Add coupling ``index``'s share to the gradients of y1, context and parameters.
+    ) -> Tensor | None:
+        """The gradient of y1 with coupling ``index``'s share, which those of the context and the
+        parameters (``sums``) get in place; of y1 and context where they are wanted.
 
-        Those of y1 and the context where they are wanted. The ``first`` share of the weights' is
-        written over whatever ``sums`` holds.
+        ``grad_y2`` is that of the shift. The ``first`` share of the weights' is written over
+        whatever ``sums`` holds.
         """
-        d = self.operand(-grad_y2 if inverse else grad_y2)
-        for k in range(len(self.biases[index]) - 1, -1, -1):
+        d, layers = self.operand(grad_y2), self.layers[index]
+        for k in range(len(layers) - 1, -1, -1):
             grad_w, grad_b = sums[2 * k], sums[2 * k + 1]
-            grad_b.add_(d.sum(0, dtype=torch.float64))
+            grad_b.add_(d.sum(0, dtype=torch.float64 if d.shape[0] < WIDE_SUM else torch.float32))
+            # in x out where there are fewer inputs: a product of few columns is slow
+            flipped = grad_w.shape[0] < grad_w.shape[1] == d.shape[1]
+            inputs = kept.operands[k]
             if k == 0 and c is not None:
-                x_columns = grad_w.shape[1] - c.shape[1]
-                _add_product(grad_w[:, x_columns:], d.t(), c, first)
-                grad_w = grad_w[:, :x_columns]
+                grad_w, rest = grad_w.split((inputs.shape[1], c.shape[1]), 0 if flipped else 1)
+                _add_gradient(rest, d, c, flipped, first)
                 if grad_c is not None:
                     _add_product(grad_c, d, self.context_weights[index])
-            _add_product(grad_w, d.t(), kept.operands[k], first)
+            _add_gradient(grad_w, d, inputs, flipped, first)
             if k == 0:
-                if grad_y1 is not None:
-                    _add_product(grad_y1, d, self.weights[index][0])
                 break
-            w = self.weights[index][k]
             if self.onednn and self.dtype == torch.float32 and d.numel():
-                d = torch.ops.mkldnn._linear_pointwise(d, w.t(), None, "none", [], "")
+                d = _pointwise(d, layers[k].transposed, None, "none", [], "")
             else:
-                d = torch.mm(d, w)
+                d = torch.mm(d, layers[k].weight)
             from_input = self.activation.from_input
             self.activation.backward_(d, kept.inputs[k - 1] if from_input else kept.operands[k])
+        if grad_y1 is None:
+            return None
+        if self.dtype == torch.float32 and self._fuses(layers[0], d):
+            return _pointwise.binary(d, grad_y1, layers[0].transposed, None, "add")
+        _add_product(grad_y1, d, layers[0].weight)
+        return grad_y1
 
-    def _linear(
-        self,
-        index: int,
-        k: int,
-        h: Tensor,
-        plus: Tensor | None,
-        activate: bool,
-        plus_bias: bool = False,
-    ) -> Tensor:
-        """``activation(h W^T + b)``, with ``plus`` for the bias (plus_bias: and the bias)."""
-        w, b = self.weights[index][k], self.biases[index][k]
-        fused = self.activation.fused if activate else ("none", [], "")
-        if self.onednn and 2 * h.shape[0] * w.numel() >= ONEDNN_FLOPS:
-            linear, w = torch.ops.mkldnn._linear_pointwise, self.packed[index][k]
-            if plus is not None:
-                y = linear.binary(h, plus, w, b if plus_bias else None, "add")
-            elif fused is not None:
-                return linear(h, w, b, *fused)
-            else:
-                y = linear(h, w, b, "none", [], "")
-        elif plus is None:
-            if activate and h.is_cuda and self.activation.apply_ is torch.relu_:
-                return torch._addmm_activation(b, h, w.t())  # in cuBLAS's epilogue
-            y = torch.addmm(b, h, w.t())
-        else:
-            y = torch.addmm(plus, h, w.t())
-            if plus_bias:
-                y += b
-        return self.activation.apply_(y) if activate else y
+
+def _new_sum(parameter: Tensor) -> Tensor:
+    """What its gradient is summed in: a bias's in float64, a sum of sums over blocks next to a
+    plain step's pairwise one; a weight's, yet unwritten, as in x out where that is faster."""
+    if parameter.ndim == 1:
+        return torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+    out, inputs = parameter.shape
+    shape = (inputs, out) if inputs < out else (out, inputs)
+    return torch.empty(shape, dtype=torch.float32, device=parameter.device)
+
+
+def _add_gradient(total: Tensor, d: Tensor, inputs: Tensor, flipped: bool, first: bool) -> None:
+    if flipped:
+        _add_product(total, inputs.t(), d, first)
+    else:
+        _add_product(total, d.t(), inputs, first)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
