@@ -1,18 +1,22 @@
 # make demo   train a NICE on real digits and show what it learnt
 # make test   every kernel and everything above it against the reference; no GPU needed
+# make bench  how fast NICE runs on this machine, against whom, how near to its limit; ten minutes
 # make check  style, types, and the rule that imports run downwards
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test bench check clean
 
 demo: $(VENV)/.train
 	$(BIN)/nicefast fit digits --out runs/digits --overwrite
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/.test
+	$(BIN)/python -m bench
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

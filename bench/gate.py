@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .providers import FLOAT32, PRECISIONS, Mode, Plain, Provider, Shape, Weights, log_prob_call
+from nicefast import priors
+
+from .providers import FLOAT32, PRECISIONS, Mode, Plain, Provider, Shape, Weights, inference_call
 
 
 class Values(NamedTuple):
-    """What a provider computes: log_prob, and the gradients of its mean, if asked for."""
+    """What a provider computes, and the gradients of mean log_prob, if asked for."""
 
-    log_prob: Tensor
+    value: Tensor
     gradients: list[Tensor]
 
 
-def values(model: Provider, x: Tensor, mode: Mode, training: bool) -> Values:
+def values(model: Provider, x: Tensor, mode: Mode, direction: str) -> Values:
     mode.prepare()
-    if not training:
-        return Values(log_prob_call(model, mode)(x), [])
+    if direction != "training":
+        return Values(inference_call(model, mode, direction)(x), [])
     model.zero_grad(set_to_none=True)
-    with mode.products():
+    with mode.products(x.device.type):
         log_prob = model.log_prob(x)
         loss = -log_prob.mean()
     loss.backward()
@@ -33,15 +36,19 @@ def values(model: Provider, x: Tensor, mode: Mode, training: bool) -> Values:
 
 
 class Errors(NamedTuple):
-    """Against float64: largest of log_prob, and of gradients relative to their tensor's norm."""
+    """Against float64: largest of the value (of a sample, how far its latents are from the prior:
+    see :meth:`Gate.distance`), and of gradients relative to their tensor's norm."""
 
-    log_prob: float
+    value: float
     gradients: float
 
 
 # of a gradient's norm: a unit within rounding of relu's kink falls to either side of it, and one
 # row's share of the gradient comes or goes, for plain PyTorch as for everybody
 FLIPS = 1e-3
+SAMPLE = 4_096  # rows of a sample that are looked at
+# sqrt(n) times the largest distance of distribution functions: above 3 once in 10^7 right samples
+DISTANCE = 3.0
 
 
 class Gate:
@@ -49,42 +56,76 @@ class Gate:
 
     def __init__(self, shape: Shape, weights: Weights, x: Tensor) -> None:
         self.shape, self.weights, self.x = shape, weights, x
-        self._plain = Plain(shape, weights)
-        self._exact_plain = Plain(shape, weights).double()
-        self._allowed: dict[tuple[str, bool], Errors] = {}
+        self._plain = Plain(shape, weights).to(x.device)
+        self._exact_plain = Plain(shape, weights).double().to(x.device)
+        self._allowed: dict[tuple[str, str], Errors] = {}
+        self._exact: dict[str, Values] = {}
+
+    def exact(self, direction: str) -> Values:
+        if direction not in self._exact:
+            x = self.given(direction).double()
+            self._exact[direction] = values(self._exact_plain, x, FLOAT32, direction)
+        return self._exact[direction]
 
     @cached_property
-    def exact(self) -> Values:
-        return values(self._exact_plain, self.x.double(), FLOAT32, training=True)
+    def z(self) -> Tensor:
+        """Latents of x, rounded to float32: what goes into an inverse."""
+        return self._latents(self.x).float()
 
-    def errors(self, model: Provider, mode: Mode, training: bool) -> Errors:
-        got = values(model, self.x, mode, training)
-        if got.log_prob.shape != self.exact.log_prob.shape:
-            raise ValueError(f"log_prob of shape {tuple(got.log_prob.shape)}")
-        largest = (got.log_prob.double() - self.exact.log_prob).abs().max().item()
+    def given(self, direction: str) -> Tensor:
+        """What a provider is given in this direction."""
+        return self.z if direction == "inverse" else self.x
+
+    @torch.no_grad()
+    def _latents(self, x: Tensor) -> Tensor:
+        h, _ = self._exact_plain.latent(x.double())
+        return h * self._exact_plain.log_scale.exp()
+
+    def distance(self, sample: Tensor) -> float:
+        """Kolmogorov's, of a sample's latents from the logistic prior, times sqrt(n)."""
+        z = self._latents(sample[:SAMPLE]).flatten().sort().values
+        cdf = priors.standard("logistic", dtype=z.dtype, device=z.device).cdf(z)
+        steps = torch.arange(len(z) + 1, dtype=z.dtype, device=z.device) / len(z)
+        # maximum() keeps a NaN
+        gap = torch.maximum(steps[1:] - cdf, cdf - steps[:-1]).max()
+        return gap.item() * math.sqrt(len(z))
+
+    def errors(self, model: Provider, mode: Mode, direction: str) -> Errors:
+        got = values(model, self.given(direction), mode, direction)
+        if direction == "sample":
+            if got.value.shape != self.x.shape:
+                raise ValueError(f"a sample of shape {tuple(got.value.shape)}")
+            return Errors(self.distance(got.value), 0.0)
+        exact = self.exact(direction)
+        if got.value.shape != exact.value.shape:
+            raise ValueError(f"{direction} of shape {tuple(got.value.shape)}")
+        largest = (got.value.double() - exact.value).abs().max().item()
         relative = [
             ((g.double() - e).norm() / e.norm()).item()
-            for g, e in zip(got.gradients, self.exact.gradients, strict=False)
+            for g, e in zip(got.gradients, exact.gradients, strict=False)
         ]
         # max() alone would lose a NaN
         worst = torch.tensor(relative).max().item() if relative else 0.0
         return Errors(largest, worst)
 
-    def allowed(self, precision: str, training: bool) -> Errors:
-        key = precision, training
+    def allowed(self, precision: str, direction: str) -> Errors:
+        if direction == "sample":
+            return Errors(DISTANCE, 0.0)
+        key = precision, direction
         if key not in self._allowed:
-            plain = self.errors(self._plain, PRECISIONS[precision][0], training)
+            plain = self.errors(self._plain, PRECISIONS[precision][0], direction)
             eps = torch.finfo(torch.float32).eps
-            tiny = eps * self.exact.log_prob.abs().max().item()
-            self._allowed[key] = Errors(2 * plain.log_prob + tiny, 2 * plain.gradients + FLIPS)
+            tiny = eps * self.exact(direction).value.abs().max().item()
+            self._allowed[key] = Errors(2 * plain.value + tiny, 2 * plain.gradients + FLIPS)
         return self._allowed[key]
 
     def check(
-        self, model: Provider, precision: str, mode: Mode, training: bool
+        self, model: Provider, precision: str, mode: Mode, direction: str
     ) -> tuple[Errors, str | None]:
         """Its errors in one of the precision's modes, and what is wrong with them, if anything."""
-        found, allowed = self.errors(model, mode, training), self.allowed(precision, training)
-        for what, error, most in zip(("log_prob", "gradients"), found, allowed, strict=True):
+        found, allowed = self.errors(model, mode, direction), self.allowed(precision, direction)
+        value = "log_prob" if direction == "training" else direction
+        for what, error, most in zip((value, "gradients"), found, allowed, strict=True):
             if not error <= most:
                 return found, f"{what} is off by {error:.1e}, allowed {most:.1e}"
         return found, None

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under nine minutes: the tests on the device, then
-# the element-wise benchmark. Needs no network: installs this checkout into the Python that has torch
+# the benchmark's default set. Needs no network: installs this checkout into the Python that has torch
 # (2.11 or newer), triton (3.6 or newer), pytest, pytest-benchmark and hypothesis.
-# Results go to $OUT (default bench/results/).
+#
+#   bench/gpu_check.sh                 tests, then the default set
+#   bench/gpu_check.sh --full CASE     one part of the full set (python -m bench run --help names them)
+#
+# Results go to $OUT (default bench/results/). What takes too long is cut off: what was measured stays.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results}
@@ -28,8 +32,11 @@ json.dump(machine, open(sys.argv[1], "w"), indent=1)
 PY
 
 failed=0
-timeout 360 $PYTHON -m pytest tests --ignore=tests/test_compile.py -q \
+if [ "${1:-}" = --full ]; then
+    timeout -s INT 500 $PYTHON -m bench --full --case "${2:?a case}" --out "$OUT/full-$2.jsonl" || failed=1
+    exit $failed
+fi
+timeout 330 $PYTHON -m pytest tests --ignore=tests/test_compile.py -q \
     --junitxml="$OUT/tests.xml" 2>&1 | tee "$OUT/tests.txt" || failed=1
-timeout 150 $PYTHON -m pytest bench -q --benchmark-only --benchmark-columns=median,iqr,rounds \
-    --benchmark-json="$OUT/elementwise.json" 2>&1 | tee "$OUT/elementwise.txt" || failed=1
+timeout -s INT 170 $PYTHON -m bench --out "$OUT/default.jsonl" 2>&1 | tee "$OUT/bench.txt" || failed=1
 exit $failed

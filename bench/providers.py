@@ -11,7 +11,8 @@ import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,13 @@ class MLP(nn.Sequential):
         return super().forward(x)
 
 
+def logistic_noise(like: Tensor, rows: int) -> Tensor:
+    """Draws of the logistic prior (rows, D) as they are usually written."""
+    u = torch.rand(rows, like.shape[0], dtype=like.dtype, device=like.device)
+    eps = torch.finfo(like.dtype).tiny
+    return torch.log(u.clamp_min(eps)) - torch.log1p(-u)
+
+
 def logistic_log_prob(h: Tensor, log_scale: Tensor) -> Tensor:
     """Scaling and logistic prior as they are usually written."""
     z = h * log_scale.exp()
@@ -120,9 +128,19 @@ class Provider(nn.Module):
         """h before the scaling, and the couplings' log-determinant."""
         raise NotImplementedError
 
+    def data(self, h: Tensor) -> Tensor:
+        """x of h: back through the couplings."""
+        raise NotImplementedError
+
     def log_prob(self, x: Tensor) -> Tensor:
         h, log_det = self.latent(x)
         return logistic_log_prob(h, self.log_scale) + log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.data(z * torch.exp(-self.log_scale))
+
+    def sample(self, rows: int) -> Tensor:
+        return self.inverse(logistic_noise(self.log_scale, rows))
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
@@ -157,6 +175,31 @@ class Plain(Provider):
             x = torch.cat((a + net(b), b) if i % 2 else (a, b + net(a)), 1)
         return x, 0.0
 
+    def data(self, h: Tensor) -> Tensor:
+        d = self.shape.half
+        for i in reversed(range(len(self.nets))):
+            a, b, net = h[:, :d], h[:, d:], self.nets[i]
+            h = torch.cat((a - net(b), b) if i % 2 else (a, b - net(a)), 1)
+        return h
+
+
+class Compiled(Plain):
+    """The same under torch.compile, whole calls at a time."""
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def build(self, shape: Shape) -> None:
+        super().build(shape)
+        compiled = partial(torch.compile, dynamic=False, **self.options)
+        for name in ("log_prob", "inverse", "sample"):
+            setattr(self, name, compiled(getattr(self, name)))
+
+
+class MaxAutotune(Compiled):
+    """The same, with the products tuned as well."""
+
+    options: ClassVar[dict[str, Any]] = {"mode": "max-autotune"}
+
 
 class Nicefast(Provider):
     """This library."""
@@ -168,6 +211,12 @@ class Nicefast(Provider):
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.flow.log_prob(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.flow.inverse(z)[0]
+
+    def sample(self, rows: int) -> Tensor:
+        return self.flow.sample(rows)
 
 
 class Nflows(Provider):
@@ -187,6 +236,9 @@ class Nflows(Provider):
 
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform(x)
+
+    def data(self, h: Tensor) -> Tensor:
+        return self.transform.inverse(h)[0]
 
 
 class Normflows(Provider):
@@ -211,6 +263,9 @@ class Normflows(Provider):
 
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.flow.forward_and_log_det(x)
+
+    def data(self, h: Tensor) -> Tensor:
+        return self.flow.inverse(h)
 
 
 class Freia(Provider):
@@ -239,6 +294,9 @@ class Freia(Provider):
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         return self.inn(x, rev=True)
 
+    def data(self, h: Tensor) -> Tensor:
+        return self.inn(h)[0]
+
 
 class Zuko(Provider):
     """zuko: GeneralCouplingTransform of AdditiveTransform."""
@@ -265,15 +323,21 @@ class Zuko(Provider):
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform().call_and_ladj(x)
 
+    def data(self, h: Tensor) -> Tensor:
+        return self.transform().inv(h)
+
 
 PROVIDERS: dict[str, type[Provider]] = {
     "plain": Plain,
+    "compile": Compiled,
+    "compile-max": MaxAutotune,
     "nicefast": Nicefast,
     "nflows": Nflows,
     "normflows": Normflows,
     "FrEIA": Freia,
     "zuko": Zuko,
 }
+#: the other libraries
 PEERS = ("nflows", "normflows", "FrEIA", "zuko")
 
 
@@ -297,18 +361,19 @@ class Mode(NamedTuple):
     def prepare(self) -> None:
         torch.set_float32_matmul_precision(self.matmul)
 
-    def products(self) -> contextlib.AbstractContextManager[Any]:
+    def products(self, device: str = "cpu") -> contextlib.AbstractContextManager[Any]:
         if self.autocast:
-            return torch.autocast("cpu", torch.bfloat16)
+            return torch.autocast(device, torch.bfloat16)
         return contextlib.nullcontext()
 
 
 FLOAT32 = Mode("float32", "highest")
+TF32 = Mode("tf32", "high")
 MEDIUM = Mode("medium", "medium")
 AUTOCAST = Mode("autocast", "highest", autocast=True)
 # the first mode is the one whose error, in plain PyTorch, is what a precision allows: "medium" may
 # still be float32 products, where the processor has no faster ones in oneDNN's eyes
-PRECISIONS = {"float32": (FLOAT32,), "bf16": (AUTOCAST, MEDIUM)}
+PRECISIONS = {"float32": (FLOAT32,), "tf32": (TF32,), "bf16": (AUTOCAST, MEDIUM)}
 
 
 def modes(provider: str, precision: str) -> tuple[Mode, ...]:
@@ -318,15 +383,20 @@ def modes(provider: str, precision: str) -> tuple[Mode, ...]:
     return PRECISIONS[precision]
 
 
-def log_prob_call(model: Provider, mode: Mode) -> Callable[[Tensor], object]:
-    """``log_prob`` without gradients."""
+def inference_call(model: Provider, mode: Mode, direction: str) -> Callable[[Tensor], object]:
+    """``log_prob``, ``inverse`` or ``sample`` (as many rows as it is given), without gradients."""
+    method = getattr(model, direction)
 
     @torch.no_grad()
     def call(x: Tensor) -> Tensor:
-        with mode.products():
-            return model.log_prob(x)
+        with mode.products(x.device.type):
+            return method(len(x) if direction == "sample" else x)
 
     return call
+
+
+def log_prob_call(model: Provider, mode: Mode) -> Callable[[Tensor], object]:
+    return inference_call(model, mode, "log_prob")
 
 
 def training_call(model: Provider, mode: Mode) -> Callable[[Tensor], object]:
@@ -335,9 +405,16 @@ def training_call(model: Provider, mode: Mode) -> Callable[[Tensor], object]:
 
     def call(x: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with mode.products():
+        with mode.products(x.device.type):
             loss = -model.log_prob(x).mean()
         loss.backward()
         optimizer.step()
 
     return call
+
+
+def make_call(model: Provider, mode: Mode, direction: str) -> Callable[[Tensor], object]:
+    """What is timed in a direction."""
+    if direction == "training":
+        return training_call(model, mode)
+    return inference_call(model, mode, direction)

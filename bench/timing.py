@@ -41,13 +41,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds and minor page faults of one call: median, 20 % and 80 % quantiles."""
+    """Seconds and minor page faults of one call: median, 20 % and 80 % quantiles, every round."""
 
     median: float
     low: float
     high: float
     faults: float
     rounds: int
+    timer: str
+    samples: list[float]
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -103,6 +105,8 @@ def interleave(
             quantile(t, 0.8),
             quantile(faults[name], 0.5),
             len(t),
+            "cuda events" if torch.cuda.is_available() else "perf_counter",
+            t,
         )
         for name, t in times.items()
     }
@@ -111,6 +115,13 @@ def interleave(
 def _timed(call: Call, given: Any) -> tuple[float, int]:
     call.prepare()
     before = _page_faults()
+    if torch.cuda.is_available():
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call.run(given)
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3, _page_faults() - before
     start = time.perf_counter()
     call.run(given)
     elapsed = time.perf_counter() - start
@@ -121,12 +132,15 @@ def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def product_calls(dtype: torch.dtype, size: int = 2048) -> tuple[dict[str, Call], int]:
+def product_calls(
+    dtype: torch.dtype, size: int, device: torch.device, tf32: bool = False
+) -> tuple[dict[str, Call], int]:
     """Large matrix products as PyTorch and as oneDNN with packed weights; operations of one."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    calls = {"torch.mm": Call(lambda _: torch.mm(a, b, out=out), _highest)}
-    if torch.backends.mkldnn.is_available():
+    prepare = _high if tf32 else _highest
+    calls = {"torch.mm": Call(lambda _: torch.mm(a, b, out=out), prepare)}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
         linear = torch.ops.mkldnn._linear_pointwise
         calls["oneDNN"] = Call(lambda _: linear(a, packed, None, "none", [], ""), _highest)
@@ -137,6 +151,10 @@ def _highest() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
+def _high() -> None:
+    torch.set_float32_matmul_precision("high")
+
+
 def input_sets(bytes_each: int) -> int:
     """How many inputs are together twice the size of the last-level cache."""
     return max(2, -(-2 * cache_bytes() // bytes_each))
@@ -144,6 +162,8 @@ def input_sets(bytes_each: int) -> int:
 
 def cache_bytes() -> int:
     """Size of the largest cache, 32 MiB where the system does not say."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
     unit = {"K": 1 << 10, "M": 1 << 20}
     sizes = [
         int(text[:-1]) * unit[text[-1]]
@@ -153,10 +173,21 @@ def cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
+def device_name(device: str) -> str:
+    """What the figures are of, for people."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = " ".join(_cpu_name().replace("(R)", "").replace("(TM)", "").split())
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
 def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     """What the figures depend on: processor, threads, versions, commit."""
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    gpu = torch.cuda.is_available()
     return {
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "capability": list(torch.cuda.get_device_capability()) if gpu else None,
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,13 +1,30 @@
-"""What a device can do at most, measured: the least time in which a flow can be computed on it."""
+"""The least time in which a flow can be computed: what a call has to do, what a device can do.
+
+:func:`flow_work` and :func:`elementwise_work` count a call's work from shapes alone; the ceilings
+of a device are measured by :func:`ceilings`, or published, in :data:`DEVICES`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+DIRECTIONS = ("log_prob", "forward", "inverse", "sample", "training")
+OPERATIONS = (
+    "coupling forward",
+    "coupling inverse",
+    "coupling in place",
+    "coupling backward",
+    "scaling forward",
+    "scaling backward",
+    "sampling",
+)
+PRECISIONS = ("bf16", "tf32", "tf32x3", "fp32")  # of products, as the kernels name them
 
 
 class Ceilings(NamedTuple):
@@ -19,6 +36,165 @@ class Ceilings(NamedTuple):
     def seconds(self, flops: float, moved: float) -> float:
         """The larger of the two times: no implementation is faster."""
         return max(flops / self.flops, moved / self.bytes)
+
+
+class Work(NamedTuple):
+    """Operations of matrix products (a multiply-add is 2), and bytes to and from memory.
+
+    In the order in which :meth:`Ceilings.seconds` takes them: ``ceilings.seconds(*work)``.
+    """
+
+    flops: float
+    bytes: float
+
+
+class Published(NamedTuple):
+    """What a vendor publishes of a device: peak rates, dense (no sparsity counted).
+
+    Attributes:
+        bf16, tf32: operations a second of matrix units, float32 sums.
+        fp32: operations a second in float32 outside of matrix units.
+        bytes: bytes a second of device memory.
+        host: bytes a second from the host over PCIe x16, in one direction.
+    """
+
+    bf16: float
+    tf32: float
+    fp32: float
+    bytes: float
+    host: float
+
+    def ceilings(self, precision: str) -> Ceilings:
+        """Of products in ``precision``: bf16, tf32, tf32x3 or fp32; ValueError for another.
+
+        tf32x3 is float32 made of three TF32 products, for which fp32 is no ceiling.
+
+        >>> from nicefast.roofline import DEVICES
+        >>> DEVICES["A100 80GB SXM"].ceilings("tf32x3").flops
+        52000000000000.0
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        flops = {"bf16": self.bf16, "tf32": self.tf32, "tf32x3": self.tf32 / 3, "fp32": self.fp32}
+        return Ceilings(flops[precision], self.bytes)
+
+
+_GEN4, _GEN5 = 32e9, 64e9  # 16 lanes of 16 and 32 GT/s, the encoding not taken off
+
+# Published, dense. Where a sheet gives a rate with sparsity alone, half of it stands here.
+DEVICES: dict[str, Published] = {
+    # NVIDIA A100 Tensor Core GPU datasheet, A100 80GB SXM
+    "A100 80GB SXM": Published(312e12, 156e12, 19.5e12, 2.039e12, _GEN4),
+    # NVIDIA H100 Tensor Core GPU architecture whitepaper, H100 SXM5; memory from the datasheet
+    "H100 SXM": Published(989.4e12, 494.7e12, 66.9e12, 3.35e12, _GEN5),
+    # NVIDIA H200 Tensor Core GPU datasheet: the same rates, rounded there, and other memory
+    "H200": Published(989.4e12, 494.7e12, 66.9e12, 4.8e12, _GEN5),
+    # NVIDIA HGX B200 specifications, an eighth of the 8 GPUs; memory from the DGX B200 datasheet
+    "B200": Published(2250e12, 1125e12, 75e12, 8e12, _GEN5),
+    # AMD Instinct MI300X accelerator data sheet, fp32 as its vector rate
+    "MI300X": Published(1307.4e12, 653.7e12, 163.4e12, 5.3e12, _GEN5),
+}
+
+
+def flow_work(
+    rows: int,
+    features: int,
+    hidden: Sequence[int],
+    couplings: int,
+    direction: str,
+    context: int = 0,
+) -> Work:
+    """The products, and the least bytes, of one call of a :class:`nicefast.NICE`.
+
+    Conditioners take ceil(D/2) features, then floor(D/2), in turn, as the half, alternating and
+    random partitions have it. All numbers in memory are float32. Bytes are those that no fusion
+    saves, of N rows, D features, K of context and P parameters (log_scale among them):
+
+        log_prob           4 N (D + K) + 4 N + 4 P    x and context read, log_prob written
+        forward, inverse   8 N D + 4 N K + 4 P        rows and context read, rows written
+        sample             4 N D + 4 N K + 4 P        context read, rows written
+        training           8 N (D + K) + 4 N + 12 P   x and context read in the forward and once
+                           more in the backward pass, log_prob written, parameters read in
+                           both, their gradients written once
+
+    Training is a log_prob and its gradient with respect to the parameters: each product once
+    forwards and twice backwards, but none for the gradients of x (the first product's input) and
+    of the context, which nobody needs. Nothing is computed twice, activations stay on the chip,
+    and the optimizer is not counted; neither is anything element-wise.
+
+    ValueError for another direction, and for sizes of no flow.
+
+    >>> from nicefast.roofline import flow_work
+    >>> flow_work(10, 4, (3,), 2, "log_prob")
+    Work(flops=480, bytes=352)
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    _at_least("rows", rows, 0)
+    _at_least("features", features, 2)
+    _at_least("couplings", couplings, 1)
+    _at_least("context", context, 0)
+    for width in hidden:
+        _at_least("hidden", width, 1)
+    weights, unneeded, parameters = 0, 0, features
+    for i in range(couplings):
+        shifted = (features + i % 2) // 2
+        conditioning = features - shifted
+        widths = (conditioning + context, *hidden, shifted)
+        weights += sum(a * b for a, b in itertools.pairwise(widths))
+        parameters += sum(widths[1:])
+        unneeded += (context if i else conditioning + context) * widths[1]
+    parameters += weights
+    flops = 2 * rows * weights
+    if direction == "training":
+        flops = 3 * flops - 2 * rows * unneeded
+    n_x, n_context = 4 * rows * features, 4 * rows * context
+    moved = {
+        "log_prob": n_x + n_context + 4 * rows + 4 * parameters,
+        "forward": 2 * n_x + n_context + 4 * parameters,
+        "inverse": 2 * n_x + n_context + 4 * parameters,
+        "sample": n_x + n_context + 4 * parameters,
+        "training": 2 * (n_x + n_context) + 4 * rows + 12 * parameters,
+    }
+    return Work(flops, moved[direction])
+
+
+def elementwise_work(rows: int, features: int, operation: str) -> Work:
+    """The least bytes of one element-wise operation on float32 rows; no products, so flops = 0.
+
+    Of N rows and D features, of which S = floor(D/2) are shifted:
+
+        coupling forward, inverse   4 N (2 D + S)    x and shift read, y written
+        coupling in place           12 N S           shifted half read and written, shift read
+        coupling backward           8 N S            shifted half of grad_y read, grad_shift
+                                    written; grad_x is grad_y itself
+        scaling forward             4 N D + 4 N      h read, log_prob written
+        scaling backward            8 N D + 4 N      h and the gradient of log_prob read, grad_h
+                                    written
+        sampling                    4 N D            rows written
+
+    What does not grow with N (log_scale, a bias, their gradients) is not counted. ValueError for
+    another operation, and for sizes of no rows.
+
+    >>> from nicefast.roofline import elementwise_work
+    >>> elementwise_work(10, 4, "coupling in place")
+    Work(flops=0, bytes=240)
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+    _at_least("rows", rows, 0)
+    _at_least("features", features, 2 if operation.startswith("coupling") else 1)
+    shifted = features // 2
+    numbers = {
+        "coupling forward": 2 * features + shifted,
+        "coupling inverse": 2 * features + shifted,
+        "coupling in place": 3 * shifted,
+        "coupling backward": 2 * shifted,
+        "scaling forward": features + 1,
+        "scaling backward": 2 * features + 1,
+        "sampling": features,
+    }
+    return Work(0, 4 * rows * numbers[operation])
 
 
 @cache
@@ -60,3 +236,8 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
         wait()
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def _at_least(argument: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}")

@@ -1,0 +1,376 @@
+"""The benchmark measures what it says: same function for everybody, a gate that bites."""
+
+import json
+import mmap
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import __main__ as command
+from bench import elementwise, measure, records, timing, workloads
+from bench.gate import Gate, values
+from bench.providers import (
+    AUTOCAST,
+    FLOAT32,
+    PROVIDERS,
+    Plain,
+    Shape,
+    logistic_log_prob,
+    make_weights,
+    modes,
+    training_call,
+)
+
+SHAPE = Shape(8, (16, 12), 96)
+WEIGHTS = make_weights(SHAPE)
+X = torch.randn(SHAPE.rows, SHAPE.features, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _restore_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(params=[p for p in PROVIDERS if "compile" not in p])
+def provider(request):
+    """Every provider that is installed."""
+    try:
+        return request.param, PROVIDERS[request.param](SHAPE, WEIGHTS)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def gate():
+    return Gate(SHAPE, WEIGHTS, X)
+
+
+def test_every_provider_computes_the_same_in_float64(provider, gate):
+    _, model = provider
+    got, want = values(model.double(), X.double(), FLOAT32, "training"), gate.exact("training")
+    torch.testing.assert_close(got.value, want.value, rtol=1e-10, atol=1e-10)
+    assert len(got.gradients) == len(want.gradients) == 4 * 3 * 2 + 1
+    for g, exact in zip(got.gradients, want.gradients, strict=True):
+        torch.testing.assert_close(g, exact, rtol=1e-9, atol=1e-12)
+    back = values(model, gate.z.double(), FLOAT32, "inverse")
+    torch.testing.assert_close(back.value, X.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("direction", workloads.DIRECTIONS)
+def test_every_provider_passes_the_gate(provider, gate, precision, direction):
+    name, model = provider
+    for mode in modes(name, precision):
+        assert gate.check(model, precision, mode, direction)[1] is None
+
+
+def test_plain_is_the_definition(gate):
+    x = X.double()
+    for i, layers in enumerate(WEIGHTS.layers):
+        a, b = (x[:, 4:], x[:, :4]) if i % 2 else (x[:, :4], x[:, 4:])
+        h = a
+        for j, (weight, bias) in enumerate(layers):
+            h = (h.relu() if j else h) @ weight.double().T + bias.double()
+        x = torch.cat((b + h, a) if i % 2 else (a, b + h), 1)
+    z = x * WEIGHTS.log_scale.double().exp()
+    density = torch.distributions.TransformedDistribution(
+        torch.distributions.Uniform(0.0, 1.0), [torch.distributions.SigmoidTransform().inv]
+    )
+    want = density.log_prob(z).sum(-1) + WEIGHTS.log_scale.double().sum()
+    torch.testing.assert_close(gate.exact("log_prob").value, want, rtol=1e-8, atol=1e-8)
+
+
+class Shifted(Plain):
+    def latent(self, x):
+        h, log_det = super().latent(x)
+        return h + 1e-4, log_det
+
+
+class OneRowNaN(Plain):
+    def log_prob(self, x):
+        found = super().log_prob(x)
+        return torch.where(torch.arange(len(x)) == 5, torch.nan, found)
+
+
+class WrongGradient(Plain):
+    def log_prob(self, x):
+        h, _ = self.latent(x)
+        return logistic_log_prob(h, self.log_scale) + 1e-2 * (
+            self.log_scale - self.log_scale.detach()
+        ).sum() * len(self.log_scale)
+
+
+class LostGradient(Plain):
+    def gradients(self):
+        return [torch.full_like(g, torch.nan) for g in super().gradients()]
+
+
+class OneNumber(Plain):
+    def log_prob(self, x):
+        return super().log_prob(x).sum()
+
+
+class Raises(Plain):
+    def log_prob(self, x):
+        raise RuntimeError("no such thing")
+
+
+class TooWide(Plain):
+    def sample(self, rows):
+        return 1.2 * super().sample(rows)
+
+
+class OtherInverse(Plain):
+    def data(self, h):
+        return super().data(h) + 1e-4
+
+
+def table(gate, providers, direction="log_prob", precision="float32", rounds=2, inputs=None):
+    task = workloads.Task("case", SHAPE, direction, precision, tuple(providers))
+    found = measure.flow_records(task, gate, inputs or [gate.given(direction)], rounds, 0.0)
+    json.dumps(found)
+    return {r["provider"]: r for r in found}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "direction", "reason"),
+    [
+        (Shifted, "log_prob", "log_prob is off"),
+        (OneRowNaN, "log_prob", "log_prob is off by nan"),
+        (WrongGradient, "training", "gradients is off"),
+        (LostGradient, "training", "gradients is off by nan"),
+        (OneNumber, "log_prob", "shape"),
+        (Raises, "training", "RuntimeError: no such thing"),
+        (TooWide, "sample", "sample is off"),
+        (OtherInverse, "inverse", "inverse is off"),
+    ],
+)
+def test_the_gate_rejects(monkeypatch, wrong, direction, reason):
+    shape = replace(SHAPE, rows=2000)  # of a few draws little can be said
+    gate = Gate(shape, WEIGHTS, torch.randn(shape.rows, shape.features))
+    monkeypatch.setitem(PROVIDERS, "nflows", wrong)
+    found = table(gate, ["plain", "nflows"], direction)
+    assert found["nflows"]["status"].startswith("failed")
+    assert reason in found["nflows"]["status"]
+    assert "median" not in found["nflows"]
+    assert "median" in found["plain"]
+
+
+def test_bf16_in_float32_clothes_is_rejected(monkeypatch, gate):
+    class Careless(Plain):
+        def log_prob(self, x):
+            with AUTOCAST.products():
+                return super().log_prob(x)
+
+    monkeypatch.setitem(PROVIDERS, "zuko", Careless)
+    record, calls = measure.admit("zuko", gate, "float32", "log_prob")
+    assert not calls
+    assert "log_prob is off" in record["status"]
+
+
+def test_a_missing_peer_is_reported_and_the_others_go_on(monkeypatch, gate):
+    monkeypatch.setitem(sys.modules, "nflows.transforms", None)
+    found = table(gate, ["plain", "nicefast", "nflows"], precision="bf16")
+    assert found["nflows"]["status"].startswith("not installed: ")
+    assert [n for n, r in found.items() if "median" in r] == ["plain", "nicefast"]
+
+
+@pytest.mark.parametrize("direction", workloads.DIRECTIONS)
+def test_a_table(gate, direction):
+    found = table(gate, ["plain", "nicefast"], direction, "bf16", 3)
+    for record in found.values():
+        assert record["rounds"] == len(record["samples"]) == 3
+        assert 0 < record["low"] <= record["median"] <= record["high"]
+        assert record["launches"] > 0
+        assert record["peak_bytes"] is None or record["peak_bytes"] >= 0
+        assert record["rows_per_s"] == SHAPE.rows / record["median"]
+        assert record["operations"] == SHAPE.operations(direction == "training")
+        least = max(
+            record["operations"] / record["ceilings"]["flops"],
+            record["bytes"] / record["ceilings"]["bytes"],
+        )
+        assert record["share"] == pytest.approx(least / record["median"])
+    mine, plain = found["nicefast"], found["plain"]
+    assert mine["mode"] == "medium"
+    assert mine["best_other"] == "plain"
+    assert mine["to_best_other"] == plain["median"] / mine["median"]
+    assert plain["to_best_other"] == mine["median"] / plain["median"]
+
+
+def test_peak_memory_is_that_of_one_call():
+    size = 64 << 20
+    call = timing.Call(lambda _: torch.ones(size // 4).sum())
+    found = measure.peak_bytes(call, None)
+    if found is None:
+        pytest.skip("the kernel does not let its count be set back")
+    assert 0.9 * size < found < 1.5 * size
+    assert measure.peak_bytes(timing.Call(lambda _: None), None) < size / 8
+
+
+def test_operators_are_counted():
+    x = torch.ones(3, 4)
+    assert measure.launches(timing.Call(lambda x: x.t().add(1).mul_(2)), x, "plain") == 2
+    assert measure.launches(timing.Call(lambda x: x), x, "compile") is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_operations_are_those_that_torch_counts(training):
+    model = Plain(SHAPE, WEIGHTS)
+    with FlopCounterMode(display=False) as counter:
+        loss = model.log_prob(X).sum()
+        if training:
+            loss.backward()
+    assert counter.get_total_flops() == SHAPE.operations(training)
+
+
+def test_a_training_step_changes_every_parameter():
+    model = Plain(SHAPE, WEIGHTS)
+    before = [p.detach().clone() for p in model.parameters()]
+    training_call(model, FLOAT32)(X)
+    assert all((p != b).any() for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_odd_features_are_refused():
+    with pytest.raises(ValueError, match="even"):
+        Shape(7, (4,), 10)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 5, 10])
+def test_quantile(q, n):
+    data = torch.randn(n, dtype=torch.float64)
+    assert timing.quantile(data.tolist(), q) == pytest.approx(torch.quantile(data, q).item())
+
+
+def test_everybody_goes_in_every_place():
+    names = ["a", "b", "c", "d"]
+    places = Counter()
+    for turn in range(8):
+        turned = timing.order(names, turn)
+        assert sorted(turned) == names
+        places.update(enumerate(turned))
+    assert set(places.values()) == {2}
+
+
+def test_interleaving():
+    seen, prepared = [], []
+
+    def call(name):
+        return timing.Call(lambda x: seen.append((name, x)), lambda: prepared.append(name))
+
+    calls = {name: call(name) for name in "abc"}
+    timings = timing.interleave(calls, [0, 1], rounds=4, warmup=1)
+    assert [name for name, _ in seen] == [*"abc", *"abc", *"bca", *"cab", *"cba"]
+    assert [x for _, x in seen] == [i % 2 for i in range(15)]
+    assert prepared == [name for name, _ in seen]
+    assert {t.rounds for t in timings.values()} == {4}
+    assert timing.interleave({}, [0]) == {}
+
+
+def test_page_faults_are_counted():
+    def touch(pages):
+        with mmap.mmap(-1, pages * mmap.PAGESIZE) as memory:
+            for page in range(pages):
+                memory[page * mmap.PAGESIZE] = 1
+
+    found = timing.interleave({"touch": timing.Call(touch)}, [2000], rounds=2, warmup=0)
+    assert found["touch"].faults >= 3  # one for each page, or each 2 MiB where those are the pages
+
+
+def test_allocator_states(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("LD_PRELOAD", "other-allocator.so")
+    default = timing.allocator_environment("default")
+    assert not [k for k in default if k.startswith("MALLOC_") or k == "LD_PRELOAD"]
+    assert timing.allocator_environment("no-faults")["MALLOC_MMAP_MAX_"] == "0"
+
+
+def test_elementwise_ways_agree():
+    for operation in elementwise.operations(50, 10, torch.device("cpu")):
+        for name in operation.ways:
+            if name != elementwise.COMPILED:
+                assert operation.check(name)[1] is None, (operation.case, name)
+        if operation.case == "sampling":
+            continue  # of 500 draws little can be said
+        wrong = replace(
+            operation, ways={"wrong": lambda g, o=operation: o.exact(g) + 1e-3}, yardsticks={}
+        )
+        assert "off by" in wrong.check("wrong")[1]
+
+
+def test_elementwise_records(monkeypatch):
+    monkeypatch.setattr(elementwise, "has_compiler", lambda device: False)
+    found = list(measure.elementwise_records(64, 10, torch.device("cpu"), rounds=2, seconds=0.0))
+    names = {(r[0]["case"], r[0]["direction"]) for r in found}
+    assert len(names) == len(found) == 7
+    everything = {(r["case"], r["direction"], r["provider"]): r for rs in found for r in rs}
+    compiled = everything["scaling", "forward", elementwise.COMPILED]
+    assert compiled["status"] == "skipped: no C++ compiler"
+    mine = everything["coupling", "in place", "nicefast"]
+    assert mine["best_other"] == "x[:, d:].add_(shift)"  # not what computes less
+    assert mine["rounds"] == 2
+
+
+def test_tasks_of_the_levels():
+    everything = {level: list(workloads.tasks(level, "cpu")) for level in command.LEVELS}
+    assert 0 < len(everything["quick"]) < len(everything["default"]) < len(everything["full"])
+    for level, found in everything.items():
+        assert len(set(found)) == len(found), level
+        assert all(t.providers for t in found)
+    assert {t.case for t in everything["default"]} == set(workloads.CASES) - {"elementwise"}
+    assert not [t for t in everything["quick"] if t.precision != "float32"]
+    few = list(workloads.tasks("default", "cpu", ["MNIST"], ["sample"], ["bf16"], ["plain"]))
+    assert {(t.case, t.direction, t.precision, t.providers) for t in few} == {
+        ("MNIST", "sample", "bf16", ("plain",))
+    }
+
+
+def test_a_case_too_large_for_memory_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 1 << 20)
+    out = tmp_path / "found.jsonl"
+    code = command.main(
+        ["run", "--quick", "--case=MNIST", "--direction=log_prob", "--provider=plain,nicefast",
+         "--child=no-faults", f"--out={out}"]
+    )  # fmt: skip
+    assert code == 0
+    found = records.read([out])
+    assert {r["provider"] for r in found} == {"plain", "nicefast"}
+    assert all(r["status"].startswith("skipped: needs about") for r in found)
+
+
+def test_the_command(tmp_path, capfd):
+    out = tmp_path / "run.jsonl"
+    code = command.main(
+        ["--quick", "--case=small-batch", "--direction=log_prob", "--provider=plain,nicefast",
+         "--rounds=2", "--seconds=0", f"--out={out}"]
+    )  # fmt: skip
+    assert code == 0
+    found = records.read([out])
+    assert [r["provider"] for r in found] == ["plain", "nicefast"]
+    assert {r["allocator"] for r in found} == {"no-faults"}
+    assert not list(tmp_path.glob("*.part"))
+    said = capfd.readouterr()
+    assert "small-batch" in said.out
+    assert "1/1 small-batch" in said.err
+    assert command.main(["compare", str(out), str(out)]) == 0
+
+
+@pytest.mark.parametrize("argument", ["--case=D9", "--provider=plain,nobody", "--dtype=fp8"])
+def test_unknown_choices_are_refused(argument, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([argument])
+    assert "must be some of" in capsys.readouterr().err
+
+
+def test_unknown_commands_and_devices_are_refused(capsys):
+    assert command.main(["frobnicate"]) == 2
+    assert "must be one of run, report, compare, got 'frobnicate'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert command.main(["--device=cuda"]) == 2
+        assert "no GPU" in capsys.readouterr().err
