@@ -105,6 +105,19 @@ def number(record: Mapping[str, Any], field: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def ceilings(newest: Iterable[Record]) -> dict[str, list[dict[str, float]]]:
+    """Those measured, by precision: each run's."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for record in newest:
+        given = record.get("ceilings") or {}
+        rates = {k: number(given, k) for k in ("flops", "bytes")}
+        known = {k: v for k, v in rates.items() if v}
+        mine = found.setdefault(str(record.get("precision")), [])
+        if len(known) == len(rates) and known not in mine:
+            mine.append(known)
+    return {precision: rates for precision, rates in found.items() if rates}
+
+
 def is_timed(record: Mapping[str, Any]) -> bool:
     """Whether there is a time to speak of."""
     return record.get("status") == "timed" and (number(record, "median") or 0) > 0

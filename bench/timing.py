@@ -196,12 +196,11 @@ def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "huge_pages": huge.read_text().strip() if huge.exists() else None,
         "libc": " ".join(platform.libc_ver()),
         "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "packages": dict(_versions(packages)),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | dict(_versions(packages)),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 

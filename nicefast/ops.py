@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from . import backend, likelihood, reference
+from .blocks import Blocks
+
+NOISE_ELEMENTS = 1 << 16  # of a block of noise: its integers stay in the cache
 
 
 class Features(NamedTuple):
@@ -261,7 +264,23 @@ _define(
 def _sample_prior(
     log_scale: Tensor, n: int, row_offset: int, seed: int, prior: str, dtype: torch.dtype
 ) -> Tensor:
-    return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
+    if log_scale.device.type != "cpu" or backend.get_backend() == "reference":
+        return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
+    # an entry depends on its row alone: in blocks, several in flight, every bit is the same
+    out = log_scale.new_empty((n, log_scale.shape[0]), dtype=dtype)
+    most = max(1, NOISE_ELEMENTS // out.shape[1])
+    cut = Blocks(n, most, most, out.device)
+
+    def work(share: range) -> None:
+        for i in share:
+            rows = cut[i]
+            offset = row_offset + rows.start
+            out[rows] = reference.sample_prior(
+                log_scale, rows.stop - rows.start, seed, prior, offset, dtype
+            )
+
+    cut.deal(work)
+    return out
 
 
 _define(
