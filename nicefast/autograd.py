@@ -195,7 +195,7 @@ class Couple(Function):
             if not chain.rebuild:  # cut once: both passes have to see the same blocks
                 activations = Activations(chain.cut(len(x), x.device, training=True), {})
             y = couple(chain, x, context, inverse, activations)
-        ctx.save_for_backward(x, y, context)
+        ctx.save_for_backward(x, context)
         # not among the saved tensors: they are the model's, and no copies of anything
         ctx.chain, ctx.inverse, ctx.activations = chain, inverse, activations
         ctx.versions = [p._version for p in parameters]
@@ -203,7 +203,7 @@ class Couple(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        x, y, context = ctx.saved_tensors
+        x, context = ctx.saved_tensors
         chain: Chain = ctx.chain
         if ctx.versions != [p._version for p in chain.parameters]:
             raise RuntimeError(
@@ -227,7 +227,7 @@ class Couple(Function):
             return None, None, None, *grads
         _, _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
         gradients = couple_backward(
-            chain, grad_y, y, context, ctx.inverse, ctx.activations, wants_x, wants_context
+            chain, grad_y, x, context, ctx.inverse, ctx.activations, wants_x, wants_context
         )
         grad_c = gradients.context
         return (

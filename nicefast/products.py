@@ -5,10 +5,11 @@ concatenated or copied between couplings: the two sides of the partition are tak
 the boundary, and each coupling adds to one of them. On the CPU, rows go through the whole chain in
 blocks that stay in the cache, several blocks in flight.
 
-The gradient needs the activations. They are kept, or rebuilt: a coupling is invertible, so from the
-last one upwards its input is its output less the shift, and the shift is made of the very
-activations that its gradient needs. Rebuilding costs one product more for the three of a plain
-step, and makes what has to be stored independent of the number of couplings.
+The gradient needs the activations. They are kept, or rebuilt, a block of rows at a time: that costs
+one product more for the three of a plain step, and makes what has to be stored independent of the
+number of couplings. They are rebuilt from the chain's input, for the same products as from its
+output: going back, rounding errors can grow with every coupling until the gradient is another
+flow's (64 couplings with weights that double a vector's length are enough in float32).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its produc
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
 ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this
 ROWS_PER_WIDTH = 16
+REBUILT_ELEMENTS = 1 << 23  # of all activations of a block
 WIDE_SUM = 1 << 10  # rows: with fewer, a sum in float64 costs next to nothing
 GPU_ELEMENTS = 1 << 28  # of one activation on a GPU
 
@@ -130,12 +132,22 @@ class Chain:
         """Of the widest tensor between two products."""
         return max(b.shape[0] for layers in self.couplings for _, b in layers)
 
+    @property
+    def kept(self) -> int:
+        """Numbers that the gradient needs of one row."""
+        twice = 2 if ACTIVATIONS[self.activation].from_input else 1
+        each = (twice * w.shape[1] for layers in self.couplings for w, _ in layers)
+        return sum(each)
+
     def steps(self, inverse: bool) -> list[int]:
         """The couplings in the order in which they are computed."""
         return list(range(len(self.couplings)))[:: -1 if inverse else 1]
 
     def cut(self, rows: int, device: torch.device, training: bool = False) -> Blocks:
-        most = (BLOCK_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // self.width
+        on_cpu = device.type == "cpu"
+        most = (BLOCK_ELEMENTS if on_cpu else GPU_ELEMENTS) // self.width
+        if training and self.rebuild:
+            most = min(most, (REBUILT_ELEMENTS if on_cpu else GPU_ELEMENTS) // self.kept)
         most = max(1, most)
         # with few rows for the size of the weights, one more set of gradients costs too much
         alone = training and rows < ROWS_PER_WIDTH * self.width
@@ -171,18 +183,13 @@ def couple(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cut = chain.cut(len(x), x.device) if activations is None else activations.cut
     products = _Products(chain, x.device, inverse)
-    steps = [(index, chain.conditions[index]) for index in chain.steps(inverse)]
 
     def work(share: range) -> None:
         for i in share:
             c = None if context is None else products.operand(context[cut[i]])
             pair = _take_apart(x[cut[i]], chain.sides)
             kept = None if activations is None else activations.kept.setdefault(i, [])
-            for index, side in steps:
-                own = None if kept is None else Kept([], [])
-                pair[1 - side] = products.shift(index, pair[side], pair[1 - side], c, own)
-                if kept is not None and own is not None:
-                    kept.append(own)
+            products.run(chain.steps(inverse), pair, c, kept)
             _put_together(y[cut[i]], pair, chain.sides)
 
     cut.deal(work)
@@ -200,25 +207,25 @@ class Gradients(NamedTuple):
 def couple_backward(
     chain: Chain,
     grad_y: Tensor,
-    y: Tensor,
+    x: Tensor,
     context: Tensor | None,
     inverse: bool,
     activations: Activations | None = None,
     wants_x: bool = True,
     wants_context: bool = True,
 ) -> Gradients:
-    """Gradients of :func:`couple` from that of its result ``y``; activations as they were left.
+    """Gradients of :func:`couple` from that of its result, at ``x``; activations as they were left.
 
     Those of the parameters are summed over the blocks of a thread, then over threads, in a fixed
     order: the same bits every time.
     """
-    cut = chain.cut(len(y), y.device, training=True) if activations is None else activations.cut
-    products = _Products(chain, y.device, not inverse)
-    grad_x = torch.empty(y.shape, dtype=y.dtype, device=y.device) if wants_x else None
+    cut = chain.cut(len(x), x.device, training=True) if activations is None else activations.cut
+    products = _Products(chain, x.device, inverse)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_x else None
     grad_c = None
     if context is not None and wants_context:
-        grad_c = torch.zeros(context.shape, dtype=torch.float32, device=y.device)
-    steps, parameters = chain.steps(not inverse), chain.parameters
+        grad_c = torch.zeros(context.shape, dtype=torch.float32, device=x.device)
+    steps, parameters = chain.steps(inverse), chain.parameters
 
     def work(share: range) -> list[Tensor]:
         sums = [_new_sum(t) for t in parameters]
@@ -229,21 +236,18 @@ def couple_backward(
             c = None if context is None else products.operand(context[cut[i]])
             gc = None if grad_c is None else grad_c[cut[i]]
             g = [t.clone() for t in _take_apart(grad_y[cut[i]], chain.sides)]  # written over
-            pair = _take_apart(y[cut[i]], chain.sides)
-            for step, index in enumerate(steps):
-                side, last = chain.conditions[index], step + 1 == len(steps)
-                if activations is not None:
-                    kept = activations.kept[i][-1 - step]
-                else:
-                    kept = Kept([], [])
-                    if last:  # the chain's own input is not asked for
-                        products.hidden(index, pair[side], c, kept)
-                    else:
-                        pair[1 - side] = products.shift(index, pair[side], pair[1 - side], c, kept)
+            if activations is not None:
+                kept = activations.kept[i]
+            else:
+                pair, kept = _take_apart(x[cut[i]], chain.sides), []
+                products.run(steps, pair, c, kept, to_the_end=False)
+            for step, index in reversed(list(enumerate(steps))):
+                side = chain.conditions[index]
                 into = sums[first[index] : first[index + 1]]
-                g1 = None if last and not wants_x else g[side]
+                g1 = None if step == 0 and not wants_x else g[side]
                 g2 = -g[1 - side] if inverse else g[1 - side]
-                g1 = products.backward(index, kept, c, g2, g1, gc, into, first=i == share[0])
+                own, is_first = kept[step], i == share[0]
+                g1 = products.backward(index, own, c, g2, g1, gc, into, is_first)
                 if g1 is not None:
                     g[side] = g1
             if grad_x is not None:
@@ -276,6 +280,7 @@ class _Products:
     """
 
     def __init__(self, chain: Chain, device: torch.device, inverse: bool) -> None:
+        self.conditions = chain.conditions
         self.activation = ACTIVATIONS[chain.activation]
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
         self.onednn = device.type == "cpu" and _pointwise is not None
@@ -301,6 +306,28 @@ class _Products:
 
     def operand(self, x: Tensor) -> Tensor:
         return x if x.dtype == self.dtype else x.to(self.dtype)
+
+    def run(
+        self,
+        steps: list[int],
+        pair: list[Tensor],
+        c: Tensor | None,
+        kept: list[Kept] | None,
+        to_the_end: bool = True,
+    ) -> None:
+        """The sides ``pair`` through couplings, in place; what their gradients need, to ``kept``.
+
+        Not ``to_the_end``: what nothing but the result needs is left out.
+        """
+        for index in steps:
+            side, own = self.conditions[index], None
+            if kept is not None:
+                own = Kept([], [])
+                kept.append(own)
+            if to_the_end or index != steps[-1]:
+                pair[1 - side] = self.shift(index, pair[side], pair[1 - side], c, own)
+            else:
+                self.hidden(index, pair[side], c, own)
 
     def shift(
         self, index: int, x1: Tensor, x2: Tensor, c: Tensor | None, kept: Kept | None = None

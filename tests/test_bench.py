@@ -361,6 +361,24 @@ def test_the_command(tmp_path, capfd):
     assert command.main(["compare", str(out), str(out)]) == 0
 
 
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
+    def interrupted(module, arguments, state):
+        part = arguments[arguments.index("--out", arguments.index("--child")) + 1]
+        record = {"case": "coupling", "direction": "forward", "provider": "plain"}
+        record |= {"status": "failed: oh", "device": "some", "precision": "float32"}
+        records.append(part, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "rerun", interrupted)
+    out = tmp_path / "run.jsonl"
+    assert command.main(["--quick", f"--out={out}"]) == 130
+    assert [r["status"] for r in records.read([out])] == ["failed: oh"]
+    assert (tmp_path / "report.md").exists()
+    monkeypatch.setattr(timing, "rerun", lambda *_: 1)
+    assert command.main(["--quick", f"--out={tmp_path / 'none.jsonl'}"]) == 1
+    assert not (tmp_path / "none.jsonl").exists()
+
+
 @pytest.mark.parametrize("argument", ["--case=D9", "--provider=plain,nobody", "--dtype=fp8"])
 def test_unknown_choices_are_refused(argument, capsys):
     with pytest.raises(SystemExit, match="2"):

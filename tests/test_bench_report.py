@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -310,3 +311,14 @@ def test_files_of_another_folder_are_reported_in_the_devices_own(tmp_path):
 def test_nothing_to_report_is_said_in_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_readme_s_table_is_made_of_the_committed_measurements():
+    root = Path(__file__).parents[1]
+    found = sorted((root / "bench" / "results").glob("*/default.jsonl"))
+    assert found
+    readme = (root / "README.md").read_text().splitlines()
+    for path in found:
+        table = list(report.headline(records.read([path])))
+        assert len(table) > 2
+        assert set(table) <= set(readme)

@@ -410,3 +410,26 @@ def test_a_forked_process_computes_too(blocks):
     process.start()
     assert queue.get(timeout=60)
     process.join(10)
+
+
+def test_gradients_of_deep_flows_do_not_drift(activations):
+    """Where going back through the couplings would lose all that was there."""
+    model = make(8, couplings=64, hidden=(64, 64), partition="half")
+    with torch.no_grad():
+        for coupling in model.couplings:
+            for linear in coupling.conditioner.linears:
+                linear.weight.mul_(2)
+    x = torch.randn(300, 8)
+    with torch.no_grad():
+        assert (model.inverse(model(x)[0])[0] - x).abs().max() > 1
+    wide = copy.deepcopy(model).double()
+
+    def gradients(model, x):
+        return torch.autograd.grad(model.log_prob(x).mean(), list(model.parameters()))
+
+    got, exact = gradients(model, x), gradients(wide, x.double())
+    with nf.set_backend("reference"):
+        plain = gradients(model, x)
+    for g, p, e in zip(got, plain, exact, strict=True):
+        off, allowed = ((t.double() - e).norm() / e.norm() for t in (g, p))
+        assert off <= 2 * allowed + 1e-6
