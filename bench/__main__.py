@@ -26,7 +26,6 @@ from .providers import PEERS, PRECISIONS, PROVIDERS, make_weights
 from .timing import ALLOCATORS
 from .workloads import CASES, DIRECTIONS, ELEMENTWISE, ELEMENTWISE_SIZES, Task, tasks
 
-RESULTS = Path(__file__).parent / "results"
 LEVELS = {"quick": (2, 0.3), "default": (5, 0.8), "full": (9, 3.0)}  # rounds, seconds of a table
 SEED = 0
 
@@ -53,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
         return _measure(options, level)
     device = options.device
     name = timing.device_name(device)
-    out = options.out or RESULTS / records.slug(name) / f"{level}.jsonl"
+    out = options.out or report.RESULTS / records.slug(name) / f"{level}.jsonl"
     part = out.with_suffix(".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
@@ -151,8 +150,9 @@ def _measure(options: argparse.Namespace, level: str) -> int:
         for task in todo:
             progress.say(f"{task.case}: {task.shape.title}: {task.direction}, {task.precision}")
             if why := measure.too_large(task, device):
-                for record in _left_out(task, why):
-                    records.append(options.out, record | about)
+                left_out = task.describe() | about | {"status": f"skipped: {why}"}
+                for name in task.providers:
+                    records.append(options.out, left_out | {"provider": name})
                 progress.step()
                 continue
             if held is None or held[0] != task.shape:
@@ -180,17 +180,6 @@ def _prepare(task: Task, device: torch.device) -> tuple[Gate, list[torch.Tensor]
     sets = timing.input_sets(4 * shape.rows * shape.features)
     inputs = [torch.randn(shape.rows, shape.features, device=device) for _ in range(sets)]
     return Gate(shape, weights, inputs[0]), inputs
-
-
-def _left_out(task: Task, why: str) -> Iterator[dict[str, Any]]:
-    shape = task.shape
-    for name in task.providers:
-        yield {
-            "case": task.case, "title": shape.title, "direction": task.direction,
-            "precision": task.precision, "provider": name, "status": f"skipped: {why}",
-            "rows": shape.rows, "features": shape.features, "hidden": list(shape.hidden),
-            "couplings": shape.couplings,
-        }  # fmt: skip
 
 
 class Progress(Protocol):

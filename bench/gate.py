@@ -48,7 +48,7 @@ class Errors(NamedTuple):
 # times 1 / sqrt(rows), of a gradient's norm: a unit within rounding of relu's kink falls to either
 # side of it, and one row's share of the gradient comes or goes, for plain PyTorch as for everybody
 FLIPS = 0.125
-WORST = 4  # the largest of many errors varies more than they do: this often the root mean square's
+WORST = 4  # times plain PyTorch's largest error: the largest of many varies more than the rest do
 SAMPLE = 4_096  # rows of a sample that are looked at
 # sqrt(n) times the largest distance of distribution functions: above 3 once in 10^7 right samples
 DISTANCE = 3.0

@@ -33,21 +33,11 @@ def flow_records(
 ) -> list[Record]:
     """A record for each provider; those not timed say why."""
     shape, device = task.shape, inputs[0].device
-    common = {
-        "case": task.case,
-        "title": shape.title,
-        "direction": task.direction,
-        "precision": task.precision,
-        "rows": shape.rows,
-        "features": shape.features,
-        "hidden": list(shape.hidden),
-        "couplings": shape.couplings,
-    }
     records: dict[str, Record] = {}
     calls: dict[str, dict[Mode, Call]] = {}
     for name in task.providers:
         records[name], calls[name] = admit(name, gate, task.precision, task.direction)
-        records[name] = common | {"provider": name} | records[name]
+        records[name] = task.describe() | {"provider": name} | records[name]
     # what autocast has cast stays cast between calls, as in a loop over batches; not in training,
     # where each step changes the weights
     keep_casts = (

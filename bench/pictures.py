@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nicefast.plots import ACCENT, INK, LINES, MUTED, SOFT
+from nicefast.plots import ACCENT, INK, LINES, MUTED, SOFT, figure_of
 
 from . import records
 from .naming import MINE, SIZES, Names, distinct, is_flow, name_of, one_state, ordered
@@ -46,7 +46,7 @@ def _roofline(timed: Sequence[Record], names: Names) -> Any:
     wide = [1.0] * len(precisions)
     if others:
         wide.append(max(0.4, 0.18 * len({_below(r) for r in others})))
-    figure = _figure(5.2 * sum(wide) + 2.6, 5.4)
+    figure = figure_of(5.2 * sum(wide) + 2.6, 5.4)
     panels = list(figure.subplots(1, count, squeeze=False, width_ratios=wide)[0])
     ceilings = records.ceilings(timed)
     for axes, precision in zip(panels, precisions, strict=False):
@@ -180,7 +180,7 @@ def _curves(
     colours = _colours([r for p in shown for r in p])
     columns = min(3, len(shown))
     height = -(-len(shown) // columns)
-    figure = _figure(4.6 * columns + 1.8, 3.9 * height)
+    figure = figure_of(4.6 * columns + 1.8, 3.9 * height)
     grid = list(figure.subplots(height, columns, squeeze=False).flat)
     handles: dict[str, Any] = {}
     for axes, found in zip(grid, shown, strict=False):
@@ -229,7 +229,7 @@ def _ratios(timed: Sequence[Record], names: Names) -> Any:
         return None
     states = ordered(state for found in bars.values() for state in found)
     each = 0.8 / len(states)
-    figure = _figure(9.6, 1.4 + len(bars) * (0.14 + 0.17 * len(states)))
+    figure = figure_of(9.6, 1.4 + len(bars) * (0.14 + 0.17 * len(states)))
     axes = figure.subplots()
     shades = (ACCENT, SOFT, MUTED)
     values = [1.0]
@@ -319,18 +319,6 @@ def _readable_ticks(axes: Any, values: Sequence[float], vertical: bool = True) -
     plain = max(values) < 1e5
     axis.set_major_formatter((lambda v, _: f"{v:,.6g}") if plain else EngFormatter(sep=" "))
     axis.set_minor_formatter(lambda *_: "")
-
-
-def _figure(width: float, height: float) -> Any:
-    """Without global state and without a display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the pictures need matplotlib: pip install 'nicefast[train]'") from error
-    figure = Figure((width, height), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _tidy(axes: Any) -> None:

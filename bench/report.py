@@ -110,7 +110,8 @@ NOTES = (
     "- of ceiling: the least time that the measured ceilings allow, divided by the median.",
     "- x best other: median of the fastest other provider divided by this one's. Above 1, this one "
     "is faster.",
-    "- launches: kernel launches of a call; faults: minor page faults of a call.",
+    "- launches: of kernels in a call, on a CPU the operators that PyTorch is asked for; faults: "
+    "minor page faults of a call.",
     "- error: largest difference from float64.",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .providers import PEERS, PROVIDERS, Shape
 
@@ -37,6 +37,20 @@ class Task(NamedTuple):
     direction: str
     precision: str
     providers: tuple[str, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """What its records have in common."""
+        shape = self.shape
+        return {
+            "case": self.case,
+            "title": shape.title,
+            "direction": self.direction,
+            "precision": self.precision,
+            "rows": shape.rows,
+            "features": shape.features,
+            "hidden": list(shape.hidden),
+            "couplings": shape.couplings,
+        }
 
 
 def tasks(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .path import Flow, Path, choose_path
+from .layers import Scaling
+from .path import Flow, Path, choose_path, is_watched
 
 METHODS = ("log_prob", "forward", "inverse")
 WARM_UP = 3  # calls before a capture: kernels are compiled, workspaces allocated
@@ -47,7 +48,9 @@ class GraphedFlow:
         call = getattr(self.flow, self.method)
         rows, c = self.flow.rows("z" if self.method == "inverse" else "x", x, context)
         path = choose_path(self.flow, rows, c)
-        if not _can_capture(rows.device) or path.chain is None or not len(rows):
+        scaling = self.flow.scaling
+        known = path.chain is not None and type(scaling) is Scaling and not is_watched(scaling)
+        if not (known and _can_capture(rows.device) and len(rows)):
             return call(x, context)
         pieces = []
         with torch.inference_mode(False), torch.no_grad():  # what is kept outlives the mode

@@ -114,7 +114,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
         return Path("products", reason, chain)
     whole = _whole(chain, flow, x)
     if isinstance(whole, WholeFlow):
-        return Path("whole flow", f"{reason}, and narrow", chain, whole)
+        return Path("whole flow", f"{reason}, and narrow", whole.chain, whole)
     if backend.interprets(x.device):  # kernels were asked for, and products use none
         return Path(LAYERS, f"no whole-flow kernel: {whole}")
     return Path("products", f"{reason}; no whole-flow kernel: {whole}", chain)
@@ -122,7 +122,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
 
 def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     """The kernel for the whole flow, or why there is none."""
-    if type(flow.scaling) is not Scaling or _is_watched(flow.scaling):
+    if type(flow.scaling) is not Scaling or is_watched(flow.scaling):
         return "the scaling is a module of its own, or has hooks"
     if flow.scaling.log_scale.dtype != torch.float32:
         return f"log_scale is {flow.scaling.log_scale.dtype}"
@@ -143,7 +143,10 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
         prior=flow.prior_name,
     )
     tile = kernels.flow_tile(shape, precision, backend.architecture(x.device))
-    return tile if isinstance(tile, str) else WholeFlow(chain, shape, tile, x.device)
+    if isinstance(tile, str):
+        return tile
+    # whatever the width: the kernel leaves no activations
+    return WholeFlow(replace(chain, rebuild=True), shape, tile, x.device)
 
 
 def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
@@ -243,7 +246,7 @@ def _layers(coupling: nn.Module) -> Layers | str:
     if len(linears) < 2:
         return "no hidden layer"
     layers = []
-    if any(module is None or _is_watched(module) for module in (coupling, mlp, *linears)):
+    if any(module is None or is_watched(module) for module in (coupling, mlp, *linears)):
         return "hooks, or a forward of its own"
     for linear in linears:
         parameters = () if linear is None else tuple(linear._parameters.values())
@@ -257,7 +260,7 @@ def _layers(coupling: nn.Module) -> Layers | str:
     return cast("Layers", tuple(layers))
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether calling it does anything but its class's forward."""
     return bool(
         module._forward_hooks

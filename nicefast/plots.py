@@ -41,7 +41,7 @@ def plot_samples(real: Tensor, samples: Tensor, path: str | Path, name: str = "d
     ...     Path(folder, "samples.png").exists()
     True
     """
-    figure = _figure(9.6, 5.0)
+    figure = figure_of(9.6, 5.0)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
     if is_image(tuple(real.shape[1:])):
         for axes, images in ((left, real), (right, samples)):
@@ -78,7 +78,7 @@ def plot_learning_curve(
         path: the PNG's place.
         name: of the data, for the title.
     """
-    figure = _figure(9.0, 5.0)
+    figure = figure_of(9.0, 5.0)
     axes = figure.subplots()
     numbers = [epoch.epoch for epoch in history.epochs]
     train = np.array([epoch.train for epoch in history.epochs])
@@ -125,7 +125,8 @@ def is_image(event_shape: tuple[int, ...]) -> bool:
     return len(event_shape) in (2, 3) and channels in (1, 3) and min(event_shape[-2:]) > 1
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """Inches; without global state and without a display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

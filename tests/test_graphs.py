@@ -117,11 +117,12 @@ def test_modes_change(recorder, device):
     assert same(score(x.double()).float(), model.log_prob(x))
 
 
-def test_a_flow_whose_inside_is_not_known_is_not_captured(recorder, device):
+@pytest.mark.parametrize("part", ["couplings.0", "scaling"])
+def test_a_flow_whose_inside_is_not_known_is_not_captured(recorder, device, part):
     model = make(6, device=device)
     seen = []
-    model.couplings[0].register_forward_hook(lambda *_: seen.append(1))
-    score, x = model.graphed(8), torch.randn(8, 6, device=device)
+    model.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
+    score, x = model.graphed(8, "forward"), torch.randn(8, 6, device=device)
     score(x), score(x)
     assert len(seen) == 2
     assert recorder.captures == 0
