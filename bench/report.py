@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from . import records
+from nicefast.roofline import DEVICES, Ceilings, flow_work
+
+from . import fleet, records
 from .naming import MINE, Names, distinct, is_flow, name_of, names_of, one_state, ordered, title
 from .pictures import PICTURES, drawn
 from .records import Record, number
@@ -66,6 +68,7 @@ def report(found: Sequence[Record], folder: str | Path) -> Path:
     lines = [f"# Benchmark: {devices[0]}", "", *_header(newest)]
     lines += ["", f"## {MINE} and the best other", "", *headline(newest)]
     lines += ["", *_summary(groups, names)]
+    lines += ["", "## At least so long", "", *_bounds(newest)]
     pictures = [
         f"![{caption}]({name})\n\n{caption}"
         for name, (draw, caption) in PICTURES.items()
@@ -76,6 +79,8 @@ def report(found: Sequence[Record], folder: str | Path) -> Path:
     lines += ["", "## All measurements", "", *NOTES]
     for group in groups:
         lines += ["", *_table(group)]
+    lines += ["", "## What one GPU, eight and 1,000 need to score 10^9 and 10^12 rows", ""]
+    lines += [fleet.table()]
     path = folder / "report.md"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -102,6 +107,34 @@ def headline(newest: Sequence[Record]) -> Iterator[str]:
             ["", *(f"{d}, {p}" for p, d in columns)],
             ([flow, *(own.get(c, "") for c in columns)] for flow, own in cells.items()),
         )
+
+
+def _bounds(newest: Sequence[Record]) -> Iterator[str]:
+    """The least time of whole flows: here by measured ceilings, on named devices by published."""
+    yield (
+        "Milliseconds in which no implementation does the products, or moves the least bytes, of "
+        "one call (nicefast.roofline): on this device by the ceilings measured in the same run, "
+        "on others by published rates, float32 as three TF32 products / bf16."
+    )
+    yield ""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for r in one_state(newest):
+        flow, found = FLOWS.get(r["case"]), r.get("ceilings")
+        if flow is None or (r["rows"], r["features"]) != (flow.rows, flow.features):
+            continue
+        if not found or r["precision"] != "float32" or r["provider"] != MINE:
+            continue
+        work = flow_work(flow.rows, flow.features, flow.hidden, flow.couplings, r["direction"])
+        cells = [f"{Ceilings(**found).seconds(*work) * 1e3:.3g}"]
+        for device in DEVICES.values():
+            both = (device.ceilings(kind).seconds(*work) * 1e3 for kind in ("tf32x3", "bf16"))
+            cells.append(" / ".join(f"{ms:.3g}" for ms in both))
+        rows[flow.title, r["direction"]] = cells
+    yield from _markdown(
+        ["flow", "call", "here, float32", *DEVICES],
+        ([*key, *cells] for key, cells in rows.items()),
+        left=2,
+    )
 
 
 NOTES = (

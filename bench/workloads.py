@@ -19,7 +19,7 @@ GROWTH = {
     "growth-rows": [Shape(64, (128, 128), 4**k) for k in range(4, 10)],
     "growth-features": [Shape(2**k, (128, 128), 4_096) for k in (3, 5, 7, 9, 11)],
     "growth-hidden": [Shape(64, (2**k, 2**k), 4_096) for k in range(5, 12)],
-    "growth-couplings": [Shape(8, (64, 64), 16_384, 4**k) for k in range(1, 5)],
+    "growth-couplings": [Shape(8, (64, 64), 4_096, 4**k) for k in range(1, 5)],
 }
 ELEMENTWISE = "elementwise"
 ELEMENTWISE_SIZES = ((65_536, 784), (262_144, 64))  # rows, features
@@ -97,6 +97,13 @@ def tasks(
             for direction in directions:
                 if direction in ("log_prob", "training") and _fits(shape, level, device):
                     yield Task(case, shape, direction, "float32", tuple(few))
+
+
+def is_headline(task: Task) -> bool:
+    """Whether it is what is asked for most: a flow by name, its own batch size, float32, log_prob
+    or training."""
+    known = FLOWS.get(task.case) == task.shape
+    return known and task.precision == "float32" and task.direction in ("log_prob", "training")
 
 
 def _batches(base: Shape, level: str, device: str) -> Iterator[Shape]:

@@ -60,7 +60,7 @@ def save(model: NICE, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> NICE:
-    """The flow in ``path``, in its saved dtype, on ``device`` (the CPU by default).
+    """The flow in ``path``, in its saved dtype, on ``device`` (the CPU by default), set to evaluate.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,7 +94,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
         raise ValueError(f"{path} does not fit its own configuration: {problem}") from None
     if not model.scaling.log_scale.isfinite().all():
         raise ValueError(f"{path} holds a log_scale that is not finite")
-    return model
+    return model.eval()
 
 
 def _build(configuration: dict[str, Any]) -> NICE:

@@ -38,6 +38,7 @@ class NICE(nn.Module):
             turn, as they are for a name; or one Partition for each coupling.
         activation: of the conditioners, see :class:`nicefast.MLP`.
         context: features of the context, 0 for none.
+        dropout: of the conditioners in training mode, see :class:`nicefast.MLP`.
 
     Attributes:
         couplings: ModuleList of :class:`nicefast.AdditiveCoupling`; each ``.conditioner`` may be
@@ -76,6 +77,7 @@ class NICE(nn.Module):
         partition: str | Partition | Sequence[Partition] = "alternating",
         activation: str = "relu",
         context: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.event_shape = _event_shape(features)
@@ -85,12 +87,12 @@ class NICE(nn.Module):
         if isinstance(couplings, bool) or not isinstance(couplings, int) or couplings < 1:
             raise ValueError(f"couplings must be an integer >= 1, got {couplings!r}")
         partitions = partition_chain(partition, self.event_shape, couplings)
-        hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        widths = _hidden(hidden, couplings)
         self.couplings = nn.ModuleList(
             AdditiveCoupling(
-                p, MLP(len(p.conditioning), hidden, len(p.shifted), activation, context)
+                p, MLP(len(p.conditioning), own, len(p.shifted), activation, context, dropout)
             )
-            for p in partitions
+            for p, own in zip(partitions, widths, strict=True)
         )
         for coupling in self._couplings():
             last = cast("nn.Linear", cast("MLP", coupling.conditioner).linears[-1])
@@ -100,7 +102,9 @@ class NICE(nn.Module):
         #: what __init__ was called with, as plain values: what a saved file rebuilds the flow from
         self.configuration: dict[str, Any] = {
             "features": list(self.event_shape),
-            "hidden": list(hidden),
+            "hidden": list(widths[0])
+            if all(own == widths[0] for own in widths)
+            else [list(own) for own in widths],
             "couplings": couplings,
             "prior": prior,
             "partition": partition
@@ -108,6 +112,7 @@ class NICE(nn.Module):
             else [p.mask.int().tolist() for p in partitions],
             "activation": activation,
             "context": context,
+            "dropout": dropout,
         }
 
     @property
@@ -390,6 +395,23 @@ def _repeat(context: Tensor | None, n: int, start: int, stop: int) -> Tensor | N
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _hidden(
+    hidden: int | Sequence[int] | Sequence[Sequence[int]], couplings: int
+) -> list[tuple[int, ...]]:
+    """Each coupling's own hidden widths."""
+    if isinstance(hidden, int):
+        return [(hidden,)] * couplings
+    given = list(hidden)
+    if not any(isinstance(width, Sequence) for width in given):
+        return [tuple(cast("list[int]", given))] * couplings
+    if len(given) != couplings or not all(isinstance(own, Sequence) for own in given):
+        raise ValueError(
+            f"hidden must be widths, or one sequence of widths for each of {couplings} couplings, "
+            f"got {hidden!r}"
+        )
+    return [tuple(own) for own in cast("list[Sequence[int]]", given)]
 
 
 def _event_shape(features: int | Sequence[int]) -> torch.Size:

@@ -30,11 +30,14 @@ class MLP(nn.Module):
         out_features: S.
         activation: one of relu, leaky_relu (slope 0.01), tanh, gelu, silu, elu.
         context: features of the context, 0 for none.
+        dropout: probability with which, in training mode, each hidden unit is dropped after its
+            activation; the density is then that of a random sub-network.
 
     Shapes: x (..., C), context (..., K) -> (..., S). Inputs are brought to the weights' dtype.
 
     Raises:
-        ValueError: a width below 1, an unknown activation, a context that is missing or unexpected.
+        ValueError: a width below 1, an unknown activation, a dropout outside [0, 1), a context
+            that is missing or unexpected.
 
     >>> import torch, nicefast as nf
     >>> nf.MLP(3, (16, 16), 2, activation="silu")(torch.zeros(5, 3)).shape
@@ -50,6 +53,7 @@ class MLP(nn.Module):
         out_features: int,
         activation: str = "relu",
         context: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -66,8 +70,10 @@ class MLP(nn.Module):
             )
         if not isinstance(context, int) or context < 0:
             raise ValueError(f"context must be an integer >= 0, got {context!r}")
+        if isinstance(dropout, bool) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.activation, self.context = activation, context
+        self.activation, self.context, self.dropout = activation, context, float(dropout)
         widths[0] += context
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
@@ -90,12 +96,21 @@ class MLP(nn.Module):
             )
         activate = ACTIVATIONS[self.activation]
         for linear in others:
-            h = linear(activate(h))
+            h = activate(h)
+            if self.drops:
+                h = nn.functional.dropout(h, self.dropout)
+            h = linear(h)
         return h
 
+    @property
+    def drops(self) -> bool:
+        """Whether a call drops units: with ``dropout``, in training mode."""
+        return self.training and self.dropout > 0
+
     def extra_repr(self) -> str:
-        return f"activation={self.activation}" + (
-            f", context={self.context}" if self.context else ""
+        rest = {"context": self.context, "dropout": self.dropout}
+        return ", ".join(
+            (f"activation={self.activation}", *(f"{k}={v}" for k, v in rest.items() if v))
         )
 
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from . import backend
 from .layers import MLP, AdditiveCoupling, Scaling
 from .products import Chain, Layers
-from .roofline import ceilings
+from .roofline import DEVICES, ceilings, layers_work
 from .whole import WholeFlow
 
 REBUILD_WIDTH = 128  # up to this hidden width the backward pass rebuilds activations
-DEVICES = ("cpu", "cuda")
+SERVED = ("cpu", "cuda")
 LAYERS = "layer by layer"
 KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 _PLAIN = (Tensor, nn.Parameter)
@@ -59,14 +59,20 @@ class Path(NamedTuple):
             pieces = (
                 f"{rows} rows in {len(cut)} blocks of at most {cut.size}, {cut.threads} in flight"
             )
-        moved = 4 * features + 4
+        widths = [(w[0][0].shape[1], *(b.shape[0] for _, b in w)) for w in chain.couplings]
+        work = layers_work(rows, features, widths, "log_prob", chain.context)
         precision = torch.get_float32_matmul_precision()
         measured = ceilings(device, chain.bfloat16, precision)
         if self.whole is not None and self.whole.tile.products == "tf32x3":
             # three products of TF32, each at half the rate of bfloat16
             sixth = ceilings(device, True, precision).flops / 6
             measured = measured._replace(flops=max(measured.flops, sixth))
-        least = measured.seconds(chain.flops, moved)
+        kind = "bf16" if chain.bfloat16 else KERNEL_PRECISION[precision]
+        kind = self.whole.tile.products if self.whole is not None else kind
+        elsewhere = ", ".join(
+            f"{name} {published.ceilings(kind).seconds(*work) * 1e3:.3g} ms"
+            for name, published in DEVICES.items()
+        )
         gradient = "rebuilds activations" if chain.rebuild else "keeps activations"
         return "\n".join(
             (
@@ -74,9 +80,10 @@ class Path(NamedTuple):
                 pieces,
                 f"{chain.products} products, {operands} operands, float32 sums and stream, "
                 f"float32 matmul precision '{precision}'",
-                f"for each row {chain.flops:,} flop and {moved} bytes (x in, log_prob out): at "
-                f"least {least * 1e9:.3g} ns here, by {measured.flops / 1e9:.3g} GFLOP/s and "
-                f"{measured.bytes / 1e9:.3g} GB/s, measured",
+                f"log_prob: {work.flops:,} flop of products, {work.bytes:,} bytes (x and parameters "
+                f"in, log_prob out): at least {measured.seconds(*work) * 1e3:.3g} ms here, by "
+                f"{measured.flops / 1e9:.3g} GFLOP/s and {measured.bytes / 1e9:.3g} GB/s, measured",
+                f"at least, by published rates of {kind} products: {elsewhere}",
                 f"the backward pass {gradient} ({chain.hidden} hidden units at most)",
             )
         )
@@ -164,7 +171,7 @@ def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
     if x.dtype != torch.float32 or (context is not None and context.dtype == torch.float64):
         wide = x if context is None or x.dtype != torch.float32 else context
         return f"{str(wide.dtype).removeprefix('torch.')} rows"
-    if x.device.type not in DEVICES:
+    if x.device.type not in SERVED:
         return f"device {x.device}"
     if backend.get_backend() == "reference":
         return "backend 'reference' was asked for"
@@ -245,6 +252,8 @@ def _layers(coupling: nn.Module) -> Layers | str:
     linears = list(cast("nn.ModuleList", mlp._modules["linears"])._modules.values())
     if len(linears) < 2:
         return "no hidden layer"
+    if cast("MLP", mlp).drops:
+        return "dropout, in training mode"
     layers = []
     if any(module is None or is_watched(module) for module in (coupling, mlp, *linears)):
         return "hooks, or a forward of its own"

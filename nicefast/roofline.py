@@ -128,22 +128,36 @@ def flow_work(
     >>> flow_work(10, 4, (3,), 2, "log_prob")
     Work(flops=480, bytes=352)
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    _at_least("rows", rows, 0)
     _at_least("features", features, 2)
     _at_least("couplings", couplings, 1)
     _at_least("context", context, 0)
     for width in hidden:
         _at_least("hidden", width, 1)
-    weights, unneeded, parameters = 0, 0, features
+    widths = []
     for i in range(couplings):
         shifted = (features + i % 2) // 2
-        conditioning = features - shifted
-        widths = (conditioning + context, *hidden, shifted)
-        weights += sum(a * b for a, b in itertools.pairwise(widths))
-        parameters += sum(widths[1:])
-        unneeded += (context if i else conditioning + context) * widths[1]
+        widths.append((features - shifted + context, *hidden, shifted))
+    return layers_work(rows, features, widths, direction, context)
+
+
+def layers_work(
+    rows: int, features: int, widths: Sequence[Sequence[int]], direction: str, context: int = 0
+) -> Work:
+    """:func:`flow_work` of any partitions and conditioners: ``widths`` are those of each coupling's
+    layers, from the conditioning features and the context to the shifted features.
+
+    >>> from nicefast.roofline import layers_work
+    >>> layers_work(10, 4, [(2, 3, 2), (2, 3, 2)], "log_prob")
+    Work(flops=480, bytes=352)
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    _at_least("rows", rows, 0)
+    weights, unneeded, parameters = 0, 0, features
+    for i, own in enumerate(widths):
+        weights += sum(a * b for a, b in itertools.pairwise(own))
+        parameters += sum(own[1:])
+        unneeded += (context if i else own[0]) * own[1]
     parameters += weights
     flops = 2 * rows * weights
     if direction == "training":

@@ -331,6 +331,34 @@ def test_tasks_of_the_levels():
     }
 
 
+def test_each_state_of_the_allocator_has_its_ratio(monkeypatch, tmp_path):
+    """By default, whole flows are timed in both states and all else in one."""
+    assert command._states(None, "default", "cpu") == ["no-faults", "default"]
+    assert command._states(None, "full", "cpu") == ["no-faults", "default"]
+    assert command._states(None, "quick", "cpu") == ["no-faults"]
+    assert command._states("default", "full", "cpu") == ["default"]
+    assert command._states(None, "full", "cuda") == ["default"]
+    timed = []
+
+    def seen(task, *_):
+        timed.append(task)
+        return []
+
+    monkeypatch.setattr(measure, "flow_records", seen)
+    monkeypatch.setattr(command, "_prepare", lambda task, device: (None, []))
+    for state in ("no-faults", "default"):
+        timed.clear()
+        command.main(
+            ["--child", state, "--out", str(tmp_path / "none"), "--case=small-batch,growth-hidden"]
+        )
+        again = {(t.case, t.direction, t.precision) for t in timed}
+        if state == "default":
+            assert again == {
+                ("small-batch", direction, "float32") for direction in ("log_prob", "training")
+            }
+        assert len(again) > 1
+
+
 def test_a_case_too_large_for_memory_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "free_bytes", lambda device: 1 << 20)
     out = tmp_path / "found.jsonl"

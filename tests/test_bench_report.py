@@ -236,6 +236,26 @@ def test_the_summary_shows_losses_and_both_states_side_by_side(reported):
     assert "it is slower in 2." in summary
 
 
+def test_the_least_times_are_those_of_the_roofline(reported):
+    _, text = reported
+    # 4 couplings of 32 -> 256 -> 256 -> 256 -> 32: 77.3 GFLOP for 16,384 rows
+    flops = 2 * 16384 * 4 * (2 * 32 * 256 + 2 * 256 * 256)
+    row = next(line for line in text.splitlines() if line.endswith(_bounds_end(flops)))
+    here = max(flops / FLOPS, (4 * 16384 * 65 + 4 * _PARAMETERS) / BYTES)
+    assert row.startswith(
+        f"| D=64, hidden 256 x 3, 4 couplings, 16,384 rows | log_prob | {here * 1e3:.3g} |"
+    )
+    assert "Least time to score 10^12 rows" in text
+
+
+_PARAMETERS = 4 * (2 * 32 * 256 + 2 * 256 * 256 + 3 * 256 + 32) + 64
+
+
+def _bounds_end(flops):
+    """The row's last cell: MI300X, three TF32 products of 653.7 TFLOP/s, or bf16."""
+    return f"| {3 * flops / 653.7e12 * 1e3:.3g} / {flops / 1307.4e12 * 1e3:.3g} |"
+
+
 def test_the_pictures_are_pictures(reported):
     path, text = reported
     for name in ("ratios.png", "roofline.png", "throughput.png", "memory.png"):

@@ -24,6 +24,7 @@ def make(**options):
         {},
         {"partition": "checkerboard", "prior": "normal", "activation": "gelu"},
         {"partition": nf.Partition.random(8, 3), "context": 2, "hidden": ()},
+        {"hidden": ((8,), (4, 4), ()), "dropout": 0.0},
         {"partition": [nf.Partition.half(8), nf.Partition.random(8, 1), nf.Partition.random(8, 2)]},
     ],
 )
@@ -46,6 +47,15 @@ def test_round_trip(tmp_path, options, dtype):
     again.log_prob(x, context).sum().backward()
     assert all(p.requires_grad for p in again.parameters())
     assert os.listdir(tmp_path) == ["flow.safetensors"]
+
+
+def test_what_is_loaded_is_set_to_evaluate(tmp_path):
+    """Or a flow with dropout would give densities of a random sub-network."""
+    model = make(dropout=0.5)
+    nf.save(model, tmp_path / "flow.safetensors")
+    again = nf.load(tmp_path / "flow.safetensors")
+    x = torch.randn(3, 1, 2, 4)
+    assert torch.equal(again.log_prob(x), model.eval().log_prob(x))
 
 
 def test_metadata(tmp_path):

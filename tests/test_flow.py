@@ -235,12 +235,38 @@ def test_parameters_are_never_stale():
     assert model.double().log_prob(x.double()).dtype == torch.float64
 
 
+def test_dropout_goes_layer_by_layer_in_training_and_by_products_otherwise():
+    model = make(dropout=0.25)
+    x = torch.randn(5, 6)
+    path = nf.choose_path(model, x)
+    assert (path.name, path.reason.split(": ")[1]) == (
+        "layer by layer",
+        "dropout, in training mode",
+    )
+    assert not torch.equal(model.log_prob(x), model.log_prob(x))
+    model.eval()
+    assert nf.choose_path(model, x).name == "products"
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.log_prob(x), plain.log_prob(x))
+
+
+def test_each_coupling_may_have_hidden_layers_of_its_own():
+    model = make(hidden=((8,), (4, 4), ()), couplings=3)
+    assert [len(c.conditioner.linears) for c in model.couplings] == [2, 3, 1]
+    assert model.configuration["hidden"] == [[8], [4, 4], []]
+    with pytest.raises(ValueError, match="one sequence of widths for each of 3 couplings"):
+        make(hidden=((8,), (4, 4)), couplings=3)
+
+
 def test_explain(device):
     text = make().explain(rows=1000)
     assert text.startswith("products: every coupling")
     assert "1000 rows in 1 blocks" in text
     assert "9 products, float32 operands" in text
-    assert "28 bytes" in text
+    # 3 couplings of 3 -> 16 -> 8 -> 3: 600 weights, 81 biases; 6 of log_scale
+    assert "log_prob: 1,200,000 flop of products, 30,748 bytes" in text
+    assert "H100 SXM" in text
     assert "plain PyTorch on cpu" in text
     assert "(8 hidden units at most)" in make(40, hidden=(8,)).explain(rows=1)
     assert make().double().explain().startswith("layer by layer: float64 rows")

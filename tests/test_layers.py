@@ -36,6 +36,28 @@ def test_mlp_without_hidden_layers_is_linear():
     assert torch.equal(mlp(x), mlp.linears[0](x))
 
 
+def test_dropout_drops_hidden_units_in_training_alone():
+    mlp = nf.MLP(3, (64, 64), 2, dropout=0.5)
+    x = torch.randn(7, 3)
+    torch.manual_seed(0)
+    dropped = mlp(x)
+    torch.manual_seed(0)
+    h = nn.functional.dropout(torch.relu(mlp.linears[0](x)), 0.5)
+    h = nn.functional.dropout(torch.relu(mlp.linears[1](h)), 0.5)
+    assert torch.equal(dropped, mlp.linears[2](h))
+    mlp.eval()
+    plain = nf.MLP(3, (64, 64), 2)
+    plain.load_state_dict(mlp.state_dict())
+    assert torch.equal(mlp(x), plain(x))
+    assert "dropout=0.5" in repr(mlp)
+
+
+@pytest.mark.parametrize("dropout", [1.0, -0.1, True])
+def test_dropout_outside_its_range_is_refused(dropout):
+    with pytest.raises(ValueError, match="dropout must be a number in"):
+        nf.MLP(3, (8,), 2, dropout=dropout)
+
+
 def test_coupling_takes_any_module(backend, device):
     for p in partitions(6):
         c, s = len(p.conditioning), len(p.shifted)
