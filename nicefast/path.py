@@ -80,8 +80,8 @@ class Path(NamedTuple):
                 pieces,
                 f"{chain.products} products, {operands} operands, float32 sums and stream, "
                 f"float32 matmul precision '{precision}'",
-                f"log_prob: {work.flops:,} flop of products, {work.bytes:,} bytes (x and parameters "
-                f"in, log_prob out): at least {measured.seconds(*work) * 1e3:.3g} ms here, by "
+                f"log_prob: {work.flops:,} flop of products, {work.bytes:,} bytes (x and "
+                f"parameters in, log_prob out): at least {measured.seconds(*work) * 1e3:.3g} ms here, by "
                 f"{measured.flops / 1e9:.3g} GFLOP/s and {measured.bytes / 1e9:.3g} GB/s, measured",
                 f"at least, by published rates of {kind} products: {elsewhere}",
                 f"the backward pass {gradient} ({chain.hidden} hidden units at most)",
@@ -252,7 +252,7 @@ def _layers(coupling: nn.Module) -> Layers | str:
     linears = list(cast("nn.ModuleList", mlp._modules["linears"])._modules.values())
     if len(linears) < 2:
         return "no hidden layer"
-    if cast("MLP", mlp).drops:
+    if mlp.drops:
         return "dropout, in training mode"
     layers = []
     if any(module is None or is_watched(module) for module in (coupling, mlp, *linears)):
