@@ -60,7 +60,7 @@ def save(model: NICE, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> NICE:
-    """The flow in ``path``, set to evaluate, in its saved dtype, on ``device`` (by default the CPU).
+    """The flow in ``path``, set to evaluate, in its saved dtype, on ``device`` (default: the CPU).
 
     Raises:
         FileNotFoundError: there is no such file.

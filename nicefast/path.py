@@ -81,7 +81,8 @@ class Path(NamedTuple):
                 f"{chain.products} products, {operands} operands, float32 sums and stream, "
                 f"float32 matmul precision '{precision}'",
                 f"log_prob: {work.flops:,} flop of products, {work.bytes:,} bytes (x and "
-                f"parameters in, log_prob out): at least {measured.seconds(*work) * 1e3:.3g} ms here, by "
+                "parameters in, log_prob out): at "
+                f"least {measured.seconds(*work) * 1e3:.3g} ms here, by "
                 f"{measured.flops / 1e9:.3g} GFLOP/s and {measured.bytes / 1e9:.3g} GB/s, measured",
                 f"at least, by published rates of {kind} products: {elsewhere}",
                 f"the backward pass {gradient} ({chain.hidden} hidden units at most)",
