@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from nicefast.kernels import coupling, flow, likelihood, sampling
+from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling
 from nicefast.kernels.tile import Tile, tile
 from nicefast.partition import Partition
 
@@ -40,6 +40,7 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+LEVELS = {t: getattr(torch, t) for t in ("uint8", "int16", "int32", "int64")}
 WIDTHS = range(1, 100_001)
 
 FLAG = (False, True)
@@ -79,6 +80,11 @@ VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "scale_log_prob_bwd_kernel": _SCALE | {"grad_log_prob": ("dense", "expanded")},
     "sample_fwd_kernel": {"prior": PRIOR, "partner": OTHER, "rows": ROWS, "row_offset": (0, 77)},
     "sample_bwd_kernel": {"rows": ROWS},
+    "dequantise_kernel": {
+        "k": (2, 17, 256, 65536, None),
+        "rows": ROWS,
+        "row_offset": (0, 77),
+    },
 }
 KERNELS = tuple(VARIANTS)
 # these spilled: gathers of 2-byte types need the most registers (sampled from the full product)
@@ -94,6 +100,7 @@ _MODULES = {
     "select": coupling,
     "scale": likelihood,
     "sample": sampling,
+    "dequantise": dequantise,
     "flow": flow,
 }
 
@@ -125,6 +132,11 @@ class Case:
         return f"{self.kernel} {self.arch} {self.dtype} {size} {variant}"
 
 
+def output(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel makes of ``dtype``: float32 of levels, and otherwise the same."""
+    return dtype if dtype.is_floating_point else torch.float32
+
+
 @functools.cache
 def tile_widths(itemsize: int) -> dict[Tile, list[int]]:
     """Every tile that can be launched, with all widths that get it."""
@@ -149,12 +161,13 @@ def cases(
                 case = _case(kernel, arch, dtype, width, _parse(kernel, text))
                 seen.add(case.name)
                 yield case
+        dtypes = LEVELS if kernel == "dequantise_kernel" else DTYPES
         for (position, arch), (dtype, real) in itertools.product(
-            enumerate(TARGETS), DTYPES.items()
+            enumerate(TARGETS), dtypes.items()
         ):
-            for t, widths in tile_widths(real.itemsize).items():
+            for t, widths in tile_widths(output(real).itemsize).items():
                 turn += 1
-                aligned = [w for w in widths if w * real.itemsize % 16 == 0] or widths
+                aligned = [w for w in widths if w * output(real).itemsize % 16 == 0] or widths
                 odd = [w for w in widths if w % 2] or widths
                 hand = [(v, aligned) for v in (wide if full else [next(wide_deal)])]
                 # dear, and asked for less: each tile on one architecture
@@ -215,7 +228,7 @@ def _case(kernel: str, arch: str, dtype: str, width: int, v: dict[str, Any]) -> 
         mock.patch.object(module, kernel, Recorder()) as recorder,
         mock.patch("nicefast.kernels.tile.WARP_SIZE", TARGETS[arch].warp_size),
     ):
-        accesses = _launch(kernel, DTYPES[dtype], width, v)
+        accesses = _launch(kernel, (DTYPES | LEVELS)[dtype], width, v)
     k = recorder.kwargs
     t = Tile(k["ROWS"], k["COLS"] if "COLS" in k else 4 * k["QUADS"], k["num_warps"])
     threads = t.warps * TARGETS[arch].warp_size
@@ -263,6 +276,11 @@ def _launch(kernel: str, dtype: torch.dtype, width: int, v: dict[str, Any]) -> l
         if kernel == "couple_kernel":
             return [("load", x, 0, d), ("store", like_x, 0, d)]
         return [(kind, y, f.start, f.size) for y in lanes for kind in ("load", "store")]
+    if kernel == "dequantise_kernel":
+        dequantise.dequantise_fwd(x, v["k"], v["row_offset"], 1234567, 0.0, 1.0)
+        # a thread has four features side by side: 128 bits where levels are as wide as that
+        loads: list[Access] = [("load", x, 0, d)] * (dtype.itemsize >= 4)
+        return [*loads, ("store", tensor(n, d, output(dtype)), 0, d)]
     log_scale = tensor(1, d, partner)[0]
     if kernel == "scale_log_prob_fwd_kernel":
         likelihood.scale_log_prob_fwd(x, log_scale, v["prior"], v["with_z"])

@@ -3,6 +3,7 @@
     coupling.py     additive coupling: out of place, in place; the selection, its transpose
     likelihood.py   scaling + prior + log-determinant + row sum, and its gradient
     sampling.py     counter-based noise of the prior with the inverse scaling, and its gradient
+    dequantise.py   uniform dequantisation: integers and noise in, float32 out
     flow.py         a whole flow in one launch: log-density, forward, inverse, sample
     packing.py      a flow's parameters as flow.py reads them; flow_tile.py, which flows it serves
     product.py      matrix products; activation.py, the conditioners' activations; prior.py, the
@@ -15,6 +16,7 @@ Nothing here validates: ``nicefast.functional`` does, and ``nicefast.ops`` calls
 import triton
 
 from .coupling import couple, couple_, select
+from .dequantise import dequantise_fwd
 from .flow import flow_fwd, flow_inv, flow_sample
 from .flow_tile import FlowShape, FlowTile, flow_tile
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
@@ -30,6 +32,7 @@ __all__ = [
     "FlowTile",
     "couple",
     "couple_",
+    "dequantise_fwd",
     "flow_fwd",
     "flow_inv",
     "flow_sample",

@@ -18,6 +18,9 @@ from .products import Chain
 from .reference import check_prior
 from .whole import WholeFlow
 
+LEVELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+LARGEST = 2.0**100  # of a range's ends: their difference is far from overflow
+
 
 class Split(Protocol):
     """What an operation asks of a :class:`nicefast.Partition`, which lives one floor up."""
@@ -244,17 +247,83 @@ def sample_prior(
     check_prior(prior)
     if log_scale.ndim != 1 or log_scale.shape[0] < 1:
         raise ValueError(f"log_scale must have shape (D,), got {tuple(log_scale.shape)}")
-    for name, count in (("n", n), ("row_offset", row_offset)):
-        if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
-            raise ValueError(f"{name} must be an integer >= 0, got {count!r}")
+    _check_count("n", n)
+    _check_count("row_offset", row_offset)
     dtype = dtype or log_scale.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     if seed is None:
         seed = draw_seed(generator)
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
+    _check_seed(seed)
     return autograd.SamplePrior.apply(log_scale.contiguous(), n, row_offset, seed, prior, dtype)
+
+
+def dequantise(
+    levels: Tensor,
+    k: int | None,
+    *,
+    seed: int = 0,
+    row_offset: int = 0,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Tensor:
+    """Uniform dequantisation in one pass: ``x = low + (level + u) / k * (high - low)``.
+
+    ``u`` (N, D) is uniform on [0, 1); entry (i, d) depends on the seed, ``row_offset + i`` and
+    ``d`` alone, as with :func:`sample_prior`: the noise is the same however rows are cut into
+    batches. A density p of x bounds the probability of the levels from below, in nats:
+    ``E_u[log p(x)] + D log((high - low) / k) <= log P(levels)``. Not differentiable: integers in.
+
+    x lies in [low, high), and ``floor((x - low) / (high - low) * k)`` is the level again, computed
+    in float32 for every k wherever |low| and |high| are at most high - low (beyond, x has too few
+    digits left). ``u`` has ``21 - ceil(log2 k)`` bits for that: 13 for 256 levels.
+
+    Args:
+        levels: (N, \\*shape), of dtype uint8, int16, int32 or int64, any strides; 0 .. k-1. On the
+            CPU a level out of range is an error; on a GPU, where looking would wait for the device,
+            it gives an x without meaning.
+        k: number of levels, 2 .. 65536; None for integers of any range and sign, up to 2^24 in
+            magnitude, which get noise alone: ``x = level + u``, and ``floor(x)`` is the level.
+        seed: 0 <= seed < 2^63.
+        row_offset: index of the first row.
+        low, high: the range of x, rounded to float32; 0 and 1 where there is no k.
+
+    Returns:
+        x, shaped like ``levels``, float32, contiguous.
+
+    Raises:
+        TypeError: levels are no tensor of one of these dtypes.
+        ValueError: levels without features or out of range (CPU); k, seed, row_offset or the range
+            not as above.
+
+    >>> import torch, nicefast as nf
+    >>> levels = torch.tensor([[0, 255, 7]], dtype=torch.uint8)
+    >>> (256 * nf.functional.dequantise(levels, 256, seed=1)).floor()
+    tensor([[  0., 255.,   7.]])
+    """
+    if not isinstance(levels, Tensor):
+        raise TypeError(f"levels must be a torch.Tensor, got {type(levels).__name__}")
+    if levels.dtype not in LEVELS:
+        raise TypeError(f"levels must be uint8, int16, int32 or int64, got {levels.dtype}")
+    if levels.ndim < 2 or levels.shape[1:].numel() < 1:
+        raise ValueError(
+            f"levels must have shape (N, ...) with at least one feature, got {tuple(levels.shape)}"
+        )
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= 1 << 16):
+        raise ValueError(f"k must be an integer from 2 to 65536, or None, got {k!r}")
+    _check_count("row_offset", row_offset)
+    _check_seed(seed)
+    low, high = float(low), float(high)
+    if k is None and (low, high) != (0.0, 1.0):
+        raise ValueError(f"low and high need k, the number of levels; got {low} and {high}")
+    size = max(abs(low), abs(high))
+    if not (size < LARGEST and high - low > max(size * 2.0**-22, 1 / LARGEST)):
+        raise ValueError(
+            f"low must be below high, by enough for float32 to tell, got {low} and {high}"
+        )
+    rows = levels if levels.ndim == 2 else levels.flatten(1)
+    x = torch.ops.nicefast.dequantise(rows, k, row_offset, seed, low, high)
+    return x.view(levels.shape)
 
 
 def couple(
@@ -342,6 +411,16 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     device = "cpu" if generator is None else generator.device
     high = torch.iinfo(torch.int64).max
     return int(torch.randint(high, (), generator=generator, device=device))
+
+
+def _check_count(name: str, count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {count!r}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
 
 
 def _rows(x: Tensor) -> Tensor:

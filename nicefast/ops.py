@@ -16,8 +16,7 @@ from torch import Tensor
 
 from . import backend, likelihood, reference
 from .blocks import Blocks
-
-NOISE_ELEMENTS = 1 << 16  # of a block of noise: its integers stay in the cache
+from .reference import NOISE_ELEMENTS
 
 
 class Features(NamedTuple):
@@ -102,6 +101,21 @@ def check_log_scale(log_scale: Tensor) -> None:
         feature = int((~finite).nonzero()[0])
         value = log_scale[feature].item()
         raise ValueError(f"log_scale must be finite, got {value} at feature {feature}")
+
+
+def check_levels(levels: Tensor, k: int | None) -> None:
+    """ValueError for a level that is out of range, where looking costs little."""
+    if levels.device.type != "cpu" or not levels.numel():
+        return
+    if k is not None and levels.dtype == torch.uint8 and k > 255:
+        return
+    low, high = (int(v) for v in torch.aminmax(levels))
+    first, last = (-(1 << 24), 1 << 24) if k is None else (0, k - 1)
+    if low < first or high > last:
+        why = "" if k is not None else ", the integers that float32 holds"
+        raise ValueError(
+            f"levels must lie in {first} .. {last}{why}, got values from {low} to {high}"
+        )
 
 
 def columns_of(index: Tensor | None, start: int, step: int, count: int) -> slice | Tensor:
@@ -266,21 +280,31 @@ def _sample_prior(
 ) -> Tensor:
     if log_scale.device.type != "cpu" or backend.get_backend() == "reference":
         return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
-    # an entry depends on its row alone: in blocks, several in flight, every bit is the same
     out = log_scale.new_empty((n, log_scale.shape[0]), dtype=dtype)
+
+    def fill(rows: slice) -> None:
+        offset = row_offset + rows.start
+        out[rows] = reference.sample_prior(
+            log_scale, rows.stop - rows.start, seed, prior, offset, dtype
+        )
+
+    _in_blocks_of_rows(out, fill)
+    return out
+
+
+def _in_blocks_of_rows(out: Tensor, fill: Callable[[slice], None]) -> None:
+    """``fill`` every block of rows of ``out``, several in flight.
+
+    An entry of noise depends on its row alone, so that the bits are the same.
+    """
     most = max(1, NOISE_ELEMENTS // out.shape[1])
-    cut = Blocks(n, most, most, out.device)
+    cut = Blocks(len(out), most, most, out.device)
 
     def work(share: range) -> None:
         for i in share:
-            rows = cut[i]
-            offset = row_offset + rows.start
-            out[rows] = reference.sample_prior(
-                log_scale, rows.stop - rows.start, seed, prior, offset, dtype
-            )
+            fill(cut[i])
 
     cut.deal(work)
-    return out
 
 
 _define(
@@ -298,4 +322,31 @@ _define(
     reference.sample_prior_backward,
     "sample_bwd",
     lambda grad_h, h, dtype: h.new_empty(h.shape[1], dtype=dtype),
+)
+
+
+# integers with noise, scaled to a range --------------------------------------------------------
+
+
+def _dequantise(
+    levels: Tensor, k: int | None, row_offset: int, seed: int, low: float, high: float
+) -> Tensor:
+    if levels.device.type != "cpu" or backend.get_backend() == "reference":
+        return reference.dequantise(levels, k, seed, row_offset, low, high)
+    out = levels.new_empty(levels.shape, dtype=torch.float32)
+
+    def fill(rows: slice) -> None:
+        out[rows] = reference.dequantise(levels[rows], k, seed, row_offset + rows.start, low, high)
+
+    _in_blocks_of_rows(out, fill)
+    return out
+
+
+_define(
+    "dequantise(Tensor levels, int? k, SymInt row_offset, SymInt seed, float low, float high) "
+    "-> Tensor",
+    _dequantise,
+    "dequantise_fwd",
+    lambda levels, *_: levels.new_empty(levels.shape, dtype=torch.float32),
+    lambda levels, k, *_: check_levels(levels, k),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 PRIORS = ("logistic", "normal")
+NOISE_ELEMENTS = 1 << 16  # of a block of noise: its integers stay in the cache
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "leaky_relu": torch.nn.functional.leaky_relu,
@@ -185,7 +187,7 @@ def sample_prior(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.exp(-log_scale.to(work))
     out = torch.empty((n, d), dtype=dtype, device=log_scale.device)
-    step = max(1, (1 << 16) // d)  # rows at a time, so that the integers stay in the cache
+    step = max(1, NOISE_ELEMENTS // d)  # rows at a time
     for i in range(0, n, step):
         rows = torch.arange(i, min(i + step, n), device=log_scale.device) + row_offset
         out[i : i + step] = (prior_noise(rows, d, seed, prior, work) * scale).to(dtype)
@@ -226,18 +228,104 @@ def prior_noise(rows: Tensor, features: int, seed: int, prior: str, dtype: torch
     return z.reshape(len(rows), -1)[:, :features]
 
 
+def dequantise(
+    levels: Tensor,
+    k: int | None,
+    seed: int = 0,
+    row_offset: int = 0,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Tensor:
+    """``x = low + (level + u) / k * (high - low)`` in [low, high), float32; u uniform on [0, 1).
+
+    ``levels`` (N, ...) are integers 0 .. k-1; with k None, any integers, and ``x = level + u``.
+    ``u`` of row i and flattened feature d is made of word d % 4 of Philox at counter
+    (row_offset + i, d // 4), as :func:`prior_noise` is. It takes the midpoints of 2^b equal
+    intervals, ``b = 21 - ceil(log2 k)``: what float32 has room for beside the level, less three
+    bits for rounding, so that no x is rounded into a neighbouring level. With k None it takes the
+    multiples of 2^-24; what the sum would round up to level + 1 becomes level, which lost as much
+    to rounding: the floats of an interval stay equally likely.
+
+    >>> import torch, nicefast as nf
+    >>> nf.reference.dequantise(torch.tensor([[0, 1, 2]]), 3, seed=1).mul(3).floor()
+    tensor([[0., 1., 2.]])
+    """
+    n, d = levels.shape[0], levels.shape[1:].numel()
+    flat = levels.reshape(n, d)
+    out = torch.empty((n, d), dtype=torch.float32, device=levels.device)
+    quads = torch.arange(-(-d // 4), device=levels.device)
+    bits, low, scale, top = _grid(k, low, high)
+    step = max(1, NOISE_ELEMENTS // d)
+    for i in range(0, n, step):
+        rows = torch.arange(i, min(i + step, n), device=levels.device) + row_offset
+        words = _philox_bits(rows, quads, seed)[:, :d]
+        fraction = words.bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
+        level, x = flat[i : i + step], out[i : i + step]
+        if k is None:
+            x.copy_(level)
+            noisy = x + fraction * scale
+            torch.where(noisy < x + 1, noisy, x, out=x)
+        else:
+            torch.add(fraction, 0.5, out=x).add_(level, alpha=1 << bits).mul_(scale)
+            if low:
+                x.add_(low)
+            x.clamp_(max=top)
+    return out.view(levels.shape)
+
+
+@cache
+def _grid(k: int | None, low: float, high: float) -> tuple[int, float, float, float]:
+    """Bits of the noise, ``low``, the size of its steps, and the largest float32 below ``high``."""
+    if k is None:
+        return 24, 0.0, 2.0**-24, math.inf
+    ends = torch.tensor([low, high], dtype=torch.float32, device="cpu")
+    low, high = ends.tolist()
+    bits = 21 - (k - 1).bit_length()
+    return bits, low, (high - low) / (k << bits), torch.nextafter(ends[1], ends[0]).item()
+
+
 def _philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
     """Philox4x32-10 as unsigned 32-bit values in int64: (len(rows), len(quads), 4)."""
+    c0, c1, c2, c3 = _philox_words(rows, quads, word, seed)
     mask = 0xFFFFFFFF
-    c0, c1 = (rows & mask)[:, None], (rows >> 32 & mask)[:, None]
-    c2, c3 = quads[None, :], torch.full_like(quads[None, :], word)
-    k0, k1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
+    return torch.stack((c0, c1.bitwise_and_(mask), c2, c3.bitwise_and_(mask)), -1)
+
+
+def _philox_bits(rows: Tensor, quads: Tensor, seed: int) -> Tensor:
+    """The same for counter (row, quad, 0), as the bits of int32: (len(rows), 4 * len(quads))."""
+    c0, c1, c2, c3 = _philox_words(rows, quads, 0, seed)
+    c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
+    c3.bitwise_left_shift_(32).bitwise_or_(c2)
+    return torch.stack((c1, c3), -1).view(torch.int32).view(len(rows), 4 * len(quads))
+
+
+def _philox_words(
+    rows: Tensor, quads: Tensor, word: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox's four words in int64, (len(rows), len(quads)) each, all in memory of their own.
+
+    Only the 1st and 3rd are multiplied, and cut to 32 bits for that: the upper halves of the 2nd
+    and 4th hold what is left of a product.
+    """
+    mask = 0xFFFFFFFF
+    weyl = ((seed + i * 0x9E3779B9, (seed >> 32) + i * 0xBB67AE85) for i in range(10))
+    keys = [(k0 & mask, k1 & mask) for k0, k1 in weyl]
+    c0, c1 = (rows & mask)[:, None], (rows >> 32)[:, None]
+    c2, c3 = quads[None, :], quads.new_full((1, 1), word)
+    for k0, k1 in keys[:3]:  # some words still depend on the row or the quad alone
         p0, p2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps at 64 bits, as it should
-        c0, c1 = ((p2 >> 32) & mask) ^ c1 ^ k0, p2 & mask
-        c2, c3 = ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
+        c0, c2 = ((p2 >> 32) ^ c1 ^ k0) & mask, ((p0 >> 32) ^ c3 ^ k1) & mask
+        c1, c3 = p2, p0
+    t0, t2 = torch.empty_like(c0), torch.empty_like(c2)
+    for k0, k1 in keys[3:]:  # over and over the same six buffers, which stay in the cache
+        c0.mul_(0xD2511F53)
+        c2.mul_(0xCD9E8D57)
+        torch.bitwise_right_shift(c2, 32, out=t0).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(c0, 32, out=t2).bitwise_xor_(c3).bitwise_xor_(k1)
+        c0, c1, c2, c3, t0, t2 = (
+            t0.bitwise_and_(mask), c2, t2.bitwise_and_(mask), c0, c1, c3,
+        )  # fmt: skip
+    return c0, c1, c2, c3
 
 
 def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:

@@ -1,6 +1,5 @@
 """The command line: a whole run, its files, and one line for every mistake."""
 
-import csv
 import json
 import signal
 import subprocess
@@ -20,10 +19,16 @@ from typer.testing import CliRunner
 
 from nicefast import cli, plots, runs
 from nicefast.data import load_data
-from nicefast.training import evaluate
+from nicefast.evaluation import evaluate
+from nicefast.preprocessing import Preprocessing
+from nicefast.training.configuration import Configuration
+from nicefast.training.presets import PRESETS
 
 QUICK = ("--epochs", "2", "--hidden", "8", "--couplings", "2", "--noise-draws", "2")
-FILES = ["history.csv", "learning_curve.png", "model.safetensors", "result.json", "samples.png"]
+FILES = [
+    "config.toml", "learning_curve.png", "metrics.jsonl", "model.safetensors",
+    "preprocessing.safetensors", "result.json", "samples.png", "spectrum.png",
+]  # fmt: skip
 
 
 def run(*arguments):
@@ -38,21 +43,23 @@ def finished(tmp_path_factory):
     return out, result.output
 
 
-def test_a_run_leaves_its_five_files_and_nothing_beside_them(finished):
+def test_a_run_leaves_its_files_and_nothing_beside_them(finished):
     out, _ = finished
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert list(out.parent.iterdir()) == [out]
-    for name in ("samples.png", "learning_curve.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    with (out / "history.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    for name in FILES:
+        if name.endswith(".png"):
+            assert (out / name).read_bytes().startswith(b"\x89PNG")
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
 def test_result_json_states_the_whole_protocol(finished):
     out, _ = finished
     result = json.loads((out / "result.json").read_text())
-    assert result["config"]["hidden"] == "8"
-    assert result["config"]["seed"] == 0
+    config = Configuration.of_file(out / "config.toml")
+    assert (config.model["hidden"], config.seed, config.preset) == ((8,), 0, "digits")
+    assert result["model"]["hidden"] == [8]
     assert result["data"]["rows"] == {"train": 1258, "validation": 180, "test": 359}
     assert (result["noise"]["draws"], result["noise"]["seed"]) == (2, 0)
     assert result["versions"]["nicefast"] == nf.__version__
@@ -63,7 +70,9 @@ def test_result_json_states_the_whole_protocol(finished):
 def test_the_saved_model_scores_as_reported(finished):
     out, output = finished
     reported = json.loads((out / "result.json").read_text())["held_out"]["NICE"]
-    score = evaluate(nf.load(out / "model.safetensors"), load_data("digits").test, 17, 2, 0)
+    model = nf.load(out / "model.safetensors")
+    steps = Preprocessing.load(out / "preprocessing.safetensors")
+    score = evaluate(model, load_data("digits").test, steps, 2, 0)
     assert score._asdict() == reported
     assert f"{score.log_prob:.2f} ± {score.standard_error:.2f}" in output
     assert f"{score.bits_per_dim:.3f}" in output
@@ -76,13 +85,83 @@ def test_output_away_from_a_terminal_is_plain_lines(finished):
     assert "epoch    2/2: training" in output
     for name in FILES:
         assert name in output
-    assert "scores the held-out rows exactly the same" in output
+    assert "scores held-out rows exactly the same" in output
 
 
 def test_the_seed_decides_the_figures(finished, tmp_path):
     first = json.loads((finished[0] / "result.json").read_text())["held_out"]
     run("fit", "digits", "--out", tmp_path / "same", *QUICK)
     assert json.loads((tmp_path / "same" / "result.json").read_text())["held_out"] == first
+
+
+def test_a_stored_configuration_repeats_the_run(finished, tmp_path):
+    first = json.loads((finished[0] / "result.json").read_text())["held_out"]
+    config = finished[0] / "config.toml"
+    result = run("fit", "--config", config, "--out", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "again" / "result.json").read_text())["held_out"] == first
+    assert (tmp_path / "again" / "config.toml").read_text() == config.read_text()
+
+
+def test_an_interrupted_run_is_resumed_with_the_same_figures(finished, tmp_path, monkeypatch):
+    first = json.loads((finished[0] / "result.json").read_text())["held_out"]
+    out, plot = tmp_path / "run", plots.plot_samples
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "fit", with_snapshots(runs.fit))
+    monkeypatch.setattr(plots, "plot_samples", fail)
+    result = run("fit", "digits", "--out", out, *QUICK)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run.unfinished"]
+    refused = run("fit", "digits", "--out", out, *QUICK)
+    assert refused.exit_code == 2
+    assert "unfinished: give --resume to go on with it, or --overwrite" in refused.stderr
+    other = run("fit", "digits", "--out", out, *QUICK, "--seed", "1", "--resume")
+    assert other.exit_code == 2
+    assert "is of another fit: its seed is 0, expected 1" in other.stderr
+
+    monkeypatch.setattr(plots, "plot_samples", plot)
+    result = run("fit", "digits", "--out", out, *QUICK, "--resume")
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "result.json").read_text())["held_out"] == first
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    nothing = run("fit", "digits", "--out", tmp_path / "new", *QUICK, "--resume")
+    assert nothing.exit_code == 2
+    assert "to go on from" in nothing.stderr
+
+
+def test_two_processes_fit_as_one(tmp_path):
+    """Under torchrun each takes its share of every batch; the first writes the run."""
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"run{world}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={world}", "-m", "nicefast", "fit", "digits", *QUICK]
+        done = subprocess.run([*command, "--out", out], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((out / "result.json").read_text())
+        assert result["versions"]["processes"] == world
+        found.append(result["held_out"]["NICE"]["log_prob"])
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run1", "run2"]
+
+
+def test_events_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run("fit", "digits", "--out", tmp_path / "run", *QUICK, "--tensorboard")
+    assert result.exit_code == 0, result.output
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("validation")] == [1, 2]
+
+
+def with_snapshots(fit):
+    return lambda *arguments, **options: fit(*arguments, **options, snapshot_seconds=0)
 
 
 @pytest.fixture
@@ -121,10 +200,15 @@ MISTAKES = {
     "couplings": (["digits", "--couplings", "0"], "couplings"),
     "epochs": (["digits", "--epochs", "0"], "epochs must be at least 1, got 0"),
     "lr": (["digits", "--lr", "nan"], "lr must be positive"),
-    "noise": (["digits", "--noise-draws", "0"], "--noise-draws must be at least 1, got 0"),
-    "seed": (["digits", "--seed", "-1"], "--seed must be"),
+    "noise": (["digits", "--noise-draws", "0"], "noise_draws must be at least 1, got 0"),
+    "seed": (["digits", "--seed", "-1"], "seed must be from 0"),
+    "preset": (["--preset", "mnits"], "preset must be one of digits, tabular, mnist"),
+    "nothing": ([], "DATA, --preset or --config must be given"),
+    "set": (["digits", "--set", "recipe.clip"], "--set must be KEY=VALUE, got 'recipe.clip'"),
+    "key": (["digits", "--set", "recipe.clap=1"], "'recipe.clap' is no key"),
+    "value": (["digits", "--set", "recipe.clip=-1"], "clip must be non-negative and finite"),
+    "config": (["--config", "no/such.toml"], "no/such.toml cannot be read"),
     "device": (["digits", "--device", "abacus"], "--device 'abacus'"),
-    "diverging": (["digits", "--lr", "1e30"], "try a smaller lr"),
 }
 
 
@@ -140,6 +224,25 @@ def test_a_mistake_gets_one_line_and_exit_code_2(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_diverging_fit_is_one_line_and_exit_code_1(tmp_path):
+    result = run("fit", "digits", *QUICK, "--lr", "1e30", "--out", tmp_path / "run")
+    assert result.exit_code == 1, result.output
+    assert "try a smaller lr" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_and_data_are_listed():
+    listed = run("presets")
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in PRESETS)
+    known = run("data", "--data-dir", "no/such/folder")
+    assert known.exit_code == 0, known.output
+    for name in ("digits", "mnist", "cifar10", "tfd"):
+        assert f"{name}: " in known.output
+    assert "missing: train_32x32.mat" in known.output
+
+
 def test_an_existing_folder_is_kept_unless_told_otherwise(table, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -150,7 +253,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(table, tmp_path):
     assert (out / "result.json").read_text() == "old"
 
     assert run("fit", table, "--out", out, *QUICK, "--overwrite").exit_code == 0
-    assert json.loads((out / "result.json").read_text())["config"]["epochs"] == 2
+    assert json.loads((out / "result.json").read_text())["fit"]["epochs"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "table.npy"]
 
 
@@ -164,7 +267,7 @@ def test_overwrite_never_removes_what_is_not_a_run_folder(table, tmp_path):
 @pytest.mark.parametrize(
     ("error", "code"), [(KeyboardInterrupt(), 130), (OSError("disk full"), 2)], ids=["int", "os"]
 )
-def test_an_interrupted_run_leaves_nothing_and_keeps_the_old_one(
+def test_an_interrupted_run_can_be_resumed_and_keeps_the_old_one(
     table, tmp_path, monkeypatch, error, code
 ):
     out = tmp_path / "run"
@@ -174,11 +277,18 @@ def test_an_interrupted_run_leaves_nothing_and_keeps_the_old_one(
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(runs, "plot_learning_curve", fail)
+    monkeypatch.setattr(plots, "plot_learning_curve", fail)
     result = run("fit", table, "--out", out, *QUICK, "--overwrite")
     assert result.exit_code == code
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "table.npy"]
+    # training was over: what it came to is not lost
+    left = ["run", "run.unfinished", "table.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert (out / "result.json").read_text() == "old"
+    monkeypatch.undo()
+    again = run("fit", table, "--out", out, *QUICK, "--overwrite", "--resume")
+    assert again.exit_code == 0, again.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "table.npy"]
+    assert sorted(path.name for path in out.iterdir()) == FILES
 
 
 def test_a_model_that_does_not_reload_the_same_is_not_delivered(table, tmp_path, monkeypatch):
@@ -190,7 +300,7 @@ def test_a_model_that_does_not_reload_the_same_is_not_delivered(table, tmp_path,
     monkeypatch.setattr(runs, "load", other)
     result = run("fit", table, "--out", tmp_path / "run", *QUICK)
     assert result.exit_code == 1
-    assert "the saved model scores" in result.stderr
+    assert "the saved model does not score the test rows" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -239,7 +349,7 @@ def test_ctrl_c_ends_a_process_quietly_and_leaves_nothing(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert errors == "nicefast: interrupted, nothing was written\n"
+    assert errors == "nicefast: interrupted, nothing was kept\n"
     assert list(tmp_path.iterdir()) == []
 
 

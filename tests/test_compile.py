@@ -15,7 +15,17 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, whose compiler this is about")
 
-from bench.cases import DTYPES, KERNELS, NARROW_LAYOUTS, TARGETS, VARIANTS, WIDE_LAYOUTS, cases
+from bench.cases import (
+    DTYPES,
+    KERNELS,
+    LEVELS,
+    NARROW_LAYOUTS,
+    TARGETS,
+    VARIANTS,
+    WIDE_LAYOUTS,
+    cases,
+    output,
+)
 from bench.flow_cases import KERNELS as FLOW_KERNELS
 from bench.flow_cases import VARIANTS as FLOW_VARIANTS
 from bench.flow_cases import flow_cases
@@ -25,6 +35,8 @@ ROOT = Path(__file__).parent.parent
 CASES = {case.name: case for case in cases()}
 FLOWS = {case.name: case for case in flow_cases()}
 ALL = CASES | FLOWS
+# of what comes out: of levels, float32
+ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8} | dict.fromkeys(LEVELS, 4)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +101,7 @@ def test_cases_cover_every_tile_dtype_and_architecture(monkeypatch):
         tiles |= {
             (arch, dtype, tile(width, itemsize))
             for arch in archs
-            for dtype, itemsize in {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}.items()
+            for dtype, itemsize in ITEMSIZES.items()
             for width in range(2, 100_001)
         }
     assert {t.columns for *_, t in tiles} == {2**i for i in range(1, 11)}
@@ -97,13 +109,17 @@ def test_cases_cover_every_tile_dtype_and_architecture(monkeypatch):
         (kernel, arch, dtype, t)
         for kernel in KERNELS
         for arch, dtype, t in tiles
-        if kernel != "sample_fwd_kernel" or t.columns >= 4  # noise comes four features at a time
+        if (dtype in LEVELS) == (kernel == "dequantise_kernel")
+        # noise comes four features at a time
+        if kernel not in {"sample_fwd_kernel", "dequantise_kernel"} or t.columns >= 4
     }
     assert {(c.kernel, c.arch, c.dtype, c.tile) for c in CASES.values()} == wanted
 
 
 def test_doubles_are_accumulated_in_double_and_the_rest_in_single_precision():
     for c in CASES.values():
+        if c.kernel == "dequantise_kernel":  # to float32, always
+            continue
         double = c.dtype == "fp64" or (c.kernel.startswith("scale") and "partner=fp64" in c.name)
         assert str(dict(c.constexprs)["ACC"]) == ("fp64" if double else "fp32")
 
@@ -123,9 +139,9 @@ def test_cases_cover_every_variant_on_every_architecture(kernel):
 
 
 def test_every_kernel_in_the_package_is_checked():
-    from nicefast.kernels import coupling, flow, likelihood, sampling
+    from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling
 
-    modules = (coupling, likelihood, sampling, flow)
+    modules = (coupling, likelihood, sampling, dequantise, flow)
     kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
     assert kernels == {*KERNELS, *FLOW_KERNELS}
 
@@ -137,12 +153,12 @@ def test_width_is_asked_of_every_tile_that_can_have_it():
         loads, stores = asked.get(key, (0, 0))
         asked[key] = max(loads, c.wide_loads), max(stores, c.wide_stores)
     for (kernel, _, dtype, t), (loads, stores) in asked.items():
-        wide = t.columns * DTYPES[dtype].itemsize >= 16
+        wide = t.columns * output((DTYPES | LEVELS)[dtype]).itemsize >= 16
         if kernel in {"couple_kernel", "scale_log_prob_bwd_kernel"}:
             assert (loads > 0) == (stores > 0) == wide
         elif kernel in {"scale_log_prob_fwd_kernel", "sample_bwd_kernel"}:
             assert (loads > 0) == wide
-        elif kernel == "sample_fwd_kernel":
+        elif kernel in {"sample_fwd_kernel", "dequantise_kernel"}:
             assert (stores > 0) == wide
 
 

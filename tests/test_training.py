@@ -1,16 +1,24 @@
-"""nicefast.training: the best epoch is kept, seeds decide everything, figures by hand."""
+"""nicefast.training: the best epoch is kept, seeds decide all, interruptions change nothing."""
 
 import math
-from types import SimpleNamespace
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import nicefast as nf
-from nicefast import training
-from nicefast.baselines import Gaussian
-from nicefast.data import Dataset, dequantise
-from nicefast.training import Evaluation, evaluate, fit, init_scaling
+from nicefast.data import Dataset
+from nicefast.evaluation import evaluate
+from nicefast.preprocessing import Preprocessing
+from nicefast.training import Recipe, fit, init_scaling, initialise
+
+RECIPE = Recipe(lr=1e-2, batch_size=32, epochs=12)
 
 
 def tiny_data(levels: int | None = 4) -> Dataset:
@@ -21,13 +29,22 @@ def tiny_data(levels: int | None = 4) -> Dataset:
     return Dataset("tiny", levels, rows[:100], rows[100:120], rows[120:])
 
 
-def tiny_model(seed: int = 0) -> nf.NICE:
+def tiny_model(seed: int = 0, **options) -> nf.NICE:
     torch.manual_seed(seed)
-    return nf.NICE(4, hidden=(8,), couplings=2)
+    return nf.NICE(4, **{"hidden": (8,), "couplings": 2} | options)
+
+
+def unit(rows, levels) -> Preprocessing:
+    return Preprocessing.fit(["dequantise"] if levels else [], rows, levels)
 
 
 def flat(model: nf.NICE) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def fit_tiny(model, data=None, recipe=RECIPE, **options):
+    data = tiny_data() if data is None else data
+    return fit(model, data, unit(data.train, data.levels), recipe, **options)
 
 
 @pytest.mark.parametrize("prior", ["logistic", "normal"])
@@ -38,6 +55,8 @@ def test_init_scaling_gives_each_latent_feature_the_priors_spread(prior):
     spread = (x * model.scaling.log_scale.exp()).std(0)
     torch.testing.assert_close(spread, model.prior.stddev.expand(3), rtol=1e-4, atol=0)
     assert model.scaling.log_scale.requires_grad
+    init_scaling(model, x, limit=1.0)
+    assert model.scaling.log_scale.max() == 1.0
 
 
 def test_init_scaling_names_a_constant_feature():
@@ -45,89 +64,53 @@ def test_init_scaling_names_a_constant_feature():
         init_scaling(tiny_model(), torch.randn(20, 4) * torch.tensor([1, 1, 0, 1]))
 
 
-class Uniform:
-    """Density of U[0, 1)^D with the log-density of each row shifted by its mean."""
-
-    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        assert 0 <= x.min() <= x.max() < 1
-        return x.flatten(1).mean(1)
-
-
-def test_evaluate_by_hand():
-    rows = torch.tensor([[[0, 0]], [[3, 3]], [[1, 2]]], dtype=torch.uint8)
-    score = evaluate(Uniform(), rows, levels=4, draws=5, seed=7)
-    generator = torch.Generator().manual_seed(7)
-    draws = [dequantise(rows, 4, generator).flatten(1).mean(1).double() for _ in range(5)]
-    expected = torch.stack(draws).mean(0)
-    assert score.log_prob == pytest.approx(expected.mean().item(), abs=1e-7)
-    error = math.sqrt(sum((e - expected.mean()) ** 2 for e in expected.tolist()) / 2 / 3)
-    assert score.standard_error == pytest.approx(error, abs=1e-7)
-    assert score.bits_per_dim == pytest.approx(2 - score.log_prob / (2 * math.log(2)), abs=1e-12)
-    assert (score.rows, score.draws, score.seed) == (3, 5, 7)
-
-
-def test_uniform_density_costs_exactly_log2_k_bits():
-    flat_density = SimpleNamespace(log_prob=lambda x: torch.zeros(len(x)))
-    rows = torch.randint(256, (10, 7), dtype=torch.uint8)
-    assert evaluate(flat_density, rows, 256) == Evaluation(0.0, 0.0, 8.0, 10, 16, 0)
-
-
-def test_evaluate_continuous_rows_once_and_without_bits():
-    data = tiny_data(None)
-    gaussian = Gaussian.full(data.train)
-    score = evaluate(gaussian, data.test, None, draws=9)
-    assert score.log_prob == pytest.approx(gaussian.log_prob(data.test).mean().item())
-    assert (score.draws, score.bits_per_dim) == (1, None)
-
-
-def test_evaluate_scores_in_batches(monkeypatch):
-    data, model = tiny_data(), tiny_model()
-    whole = evaluate(model, data.train, 4)
-    monkeypatch.setattr(training, "SCORING_BATCH", 7)
-    assert evaluate(model, data.train, 4).log_prob == pytest.approx(whole.log_prob, abs=1e-5)
-
-
-def test_evaluate_refuses_what_gives_no_figure():
-    data = tiny_data(None)
-    with pytest.raises(ValueError, match="two or more, got 1"):
-        evaluate(tiny_model(), data.test[:1], None)
-    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
-        evaluate(tiny_model(), tiny_data().test, 4, draws=0)
-    broken = data.test.clone()
-    broken[3] = math.nan
-    with pytest.raises(ValueError, match="not finite in 1 rows"):
-        evaluate(tiny_model(), broken, None)
+def test_starts():
+    model, x = tiny_model(), torch.randn(50, 4)
+    initialise(model, "data", x)
+    assert all((c.conditioner.linears[-1].weight == 0).all() for c in model.couplings)
+    assert (model.couplings[0].conditioner.linears[0].weight != 0).any()
+    z, _ = model(x)
+    torch.testing.assert_close(z.std(0), model.prior.stddev.expand(4), rtol=1e-4, atol=0)
+    initialise(model, "paper", x)
+    for coupling in model.couplings:
+        for linear in coupling.conditioner.linears:
+            assert 0 < linear.weight.abs().max() <= 0.01
+    assert (model.scaling.log_scale == 0).all()
 
 
 @pytest.mark.parametrize("levels", [4, None])
 def test_fit_improves_and_reports_every_epoch(levels):
     data, model, seen = tiny_data(levels), tiny_model(), []
     init_scaling(model, data.train.float())
-    history = fit(model, data, epochs=12, lr=1e-2, batch_size=32, progress=seen.append)
+    history = fit_tiny(model, data, progress=seen.append)
     assert tuple(seen) == history.epochs
     assert [epoch.epoch for epoch in seen] == list(range(1, 13))
     assert seen[-1].validation > seen[0].validation
     assert seen[-1].train > seen[0].train
+    assert all(epoch.rate > 0 for epoch in seen)
     assert not model.training
 
 
 def test_the_model_ends_with_the_best_epochs_weights():
     data, model = tiny_data(), tiny_model()
-    history = fit(model, data, epochs=60, patience=5, lr=0.1, averaging=0.0, weight_decay=0.0)
+    recipe = Recipe(epochs=60, patience=5, lr=0.1, averaging=0.0, weight_decay=0.0)
+    history = fit_tiny(model, data, recipe)
     assert history.stopped_early
     assert history.best == max(history.epochs, key=lambda epoch: epoch.validation)
     assert len(history.epochs) == history.best.epoch + 5
-    again = evaluate(model, data.validation, 4, draws=4, seed=0)
-    assert again.log_prob == history.best.validation
-    assert again.log_prob != history.epochs[-1].validation
+    again = evaluate(model, data.validation, unit(data.train, 4), draws=4, seed=0)
+    assert again.log_prob == pytest.approx(history.best.validation, abs=1e-9)
+    assert again.log_prob != pytest.approx(history.epochs[-1].validation, abs=1e-3)
 
 
 def test_one_seed_decides_everything():
     data, results = tiny_data(), []
     for seed in (3, 3, 4):
-        model = tiny_model()
+        model = tiny_model(dropout=0.2)
         torch.manual_seed(len(results))  # the global seed must not matter once a model is made
-        history = fit(model, data, epochs=3, seed=seed)
+        state = torch.random.get_rng_state()
+        history = fit_tiny(model, data, replace(RECIPE, epochs=3), seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), state)  # nor is it touched
         results.append((flat(model), [epoch[:3] for epoch in history.epochs]))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
@@ -136,55 +119,267 @@ def test_one_seed_decides_everything():
 
 def test_noise_is_fresh_each_epoch_and_test_rows_are_not_touched(monkeypatch):
     seen = []
+    forward = Preprocessing.forward
 
-    def spy(levels, k, generator):
-        seen.append((levels.data_ptr(), dequantise(levels, k, generator)))
-        return seen[-1][1]
+    def spy(self, raw, seed=0, row_offset=0):
+        x, log_det = forward(self, raw, seed, row_offset)
+        seen.append((len(raw), seed, row_offset, x))
+        return x, log_det
 
-    monkeypatch.setattr(training, "dequantise", spy)
+    monkeypatch.setattr(Preprocessing, "forward", spy)
     data = tiny_data()
-    fit(tiny_model(), data, epochs=2, validation_draws=1)
-    (train, first), (held, fixed), (train2, second), (held2, fixed2) = seen
-    assert train == train2 == data.train.data_ptr()
-    assert held == held2 == data.validation.data_ptr()
-    assert not torch.equal(first, second)
-    assert torch.equal(fixed, fixed2)
+    fit_tiny(tiny_model(), data, Recipe(epochs=2, batch_size=64, validation_draws=1))
+    train = [(n, offset) for n, seed, offset, _ in seen if seed >= 1 << 62]
+    assert train == [(64, 0), (36, 64), (64, 100), (36, 164)]  # no noise is used twice
+    held = [(n, seed, offset) for n, seed, offset, _ in seen if seed < 1 << 62]
+    assert held == [(20, 0, 0)] * 2  # and validation always has the same
 
 
 def test_averaging_is_a_moving_average_of_the_weights():
-    """Without decay of the memory's start, one step's average is (0.1 w0 + 0.9 w1)."""
-    data = tiny_data()
+    """After one step its memory is 1/10: (0.1 w0 + 0.9 w1)."""
     stepped, averaged = tiny_model(), tiny_model()
     before = flat(stepped)
     for model, averaging in ((stepped, 0.0), (averaged, 0.995)):
-        fit(model, data, epochs=1, batch_size=100, averaging=averaging)
+        fit_tiny(model, recipe=Recipe(epochs=1, batch_size=100, averaging=averaging))
     torch.testing.assert_close(flat(averaged), before.lerp(flat(stepped), 0.9))
 
 
 def test_float64_models_are_trained_in_float64():
     model = tiny_model().double()
-    fit(model, tiny_data(), epochs=1)
+    fit_tiny(model, recipe=replace(RECIPE, epochs=1))
     assert flat(model).dtype == torch.float64
 
 
-def test_a_diverging_fit_names_its_epoch():
-    with pytest.raises(FloatingPointError, match=r"in epoch \d+: try a smaller lr than 1e\+30"):
-        fit(tiny_model(), tiny_data(None), epochs=5, lr=1e30)
+@pytest.mark.parametrize("optimiser", ["adam", "rmsprop"])
+def test_other_optimisers_and_bf16(optimiser):
+    model = tiny_model()
+    recipe = replace(
+        RECIPE,
+        optimiser=optimiser,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup=3,
+        clip=10.0,
+        precision="bf16",
+        momentum_epochs=(1, 2) if optimiser == "rmsprop" else (),
+        eps=1e-2,
+    )
+    initialise(model, "data", tiny_data().train / 4 + 0.1 * torch.rand(100, 4))
+    history = fit_tiny(model, recipe=recipe)
+    assert history.epochs[-1].validation > history.epochs[0].validation
+
+
+def test_bf16_products_learn_what_float32_learns():
+    """In particular, each step multiplies by the weights of that step."""
+    ends = []
+    for name in ("float32", "bf16"):
+        model = tiny_model(hidden=(32,), dropout=0.1)
+        data = tiny_data(None)
+        initialise(model, "data", data.train)
+        recipe = Recipe(epochs=40, lr=1e-2, batch_size=25, weight_decay=0.0, precision=name)
+        ends.append([fit_tiny(model, data, recipe).best.validation])
+        ends[-1].append(evaluate(model, data.train, unit(data.train, None)).log_prob)
+    assert ends[1] == pytest.approx(ends[0], abs=0.15)
+
+
+def test_clipping_bounds_the_step_of_plain_descent():
+    """Adam's first step is lr long whatever the gradient; RMSProp's shows it, by its stabiliser."""
+    moved = []
+    for clip in (0.0, 1e-6):
+        model = tiny_model()
+        before = flat(model)
+        recipe = replace(
+            RECIPE,
+            epochs=1,
+            batch_size=100,
+            optimiser="rmsprop",
+            weight_decay=0.0,
+            eps=1.0,
+            clip=clip,
+            averaging=0.0,
+        )
+        fit_tiny(model, recipe=recipe)
+        moved.append((flat(model) - before).norm().item())
+    assert moved[1] == pytest.approx(1e-6 * RECIPE.lr, rel=1e-2)
+    assert moved[0] > 100 * moved[1]
+
+
+def test_a_diverging_fit_names_its_step_and_the_last_good_state(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"in step \d+ \(epoch \d+\): try a smaller lr"):
+        fit_tiny(tiny_model(), tiny_data(None), replace(RECIPE, lr=1e30))
+    model, data = tiny_model(), tiny_data(None)
+    data.train[70:] = math.nan  # the third batch of the first epoch at the latest
+    with pytest.raises(FloatingPointError, match=r"in step [1-3] \(epoch 1\)"):
+        fit_tiny(model, data)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("epochs", 0),
+        ("epochs", 1.5),
         ("patience", 0),
         ("batch_size", 0),
         ("lr", 0.0),
         ("lr", math.nan),
+        ("lr", "fast"),
         ("weight_decay", -1.0),
         ("averaging", 1.0),
         ("validation_draws", 0),
+        ("optimiser", "sgd"),
+        ("schedule", "stairs"),
+        ("precision", "fp8"),
+        ("start", "here"),
+        ("lr_decay", 0.0),
+        ("clip", -1.0),
+        ("momentum_epochs", (6, 5)),
     ],
 )
-def test_arguments_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
-        fit(tiny_model(), tiny_data(), **{name: value})
+def test_a_recipe_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be "):
+        Recipe(**{name: value})
+
+
+def test_weight_decay_needs_adamw():
+    with pytest.raises(ValueError, match="weight_decay needs the optimiser adamw, got 'adam'"):
+        Recipe(optimiser="adam")
+
+
+# interruptions ----------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "rmsprop"])
+def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, optimiser):
+    recipe = replace(
+        RECIPE,
+        optimiser=optimiser,
+        weight_decay=1.0 if optimiser == "adamw" else 0.0,
+        average_every=3,
+        schedule="cosine",
+    )
+    unbroken = tiny_model(dropout=0.2)
+    expected = fit_tiny(unbroken, recipe=recipe, snapshot=tmp_path / "a", snapshot_seconds=0)
+    assert not list(tmp_path.glob("*.partial"))
+    for stop in (1, 5, 11):
+        snapshot = tmp_path / f"b{stop}"
+
+        def interrupt(epoch, stop=stop):
+            if epoch.epoch == stop:
+                raise Stop
+
+        with pytest.raises(Stop):
+            fit_tiny(
+                tiny_model(dropout=0.2),
+                recipe=recipe,
+                snapshot=snapshot,
+                snapshot_seconds=0,
+                progress=interrupt,
+            )
+        model, seen = tiny_model(1, dropout=0.2), []
+        history = fit_tiny(
+            model, recipe=recipe, snapshot=snapshot, resume=True, progress=seen.append
+        )
+        assert torch.equal(flat(model), flat(unbroken))
+        assert [e[:3] for e in history.epochs] == [e[:3] for e in expected.epochs]
+        assert tuple(seen) == history.epochs
+        assert history.epochs[-1].seconds > history.epochs[stop - 1].seconds
+
+
+def test_a_snapshot_of_another_fit_or_a_damaged_one_is_refused(tmp_path):
+    snapshot = tmp_path / "snapshot"
+    with pytest.raises(ValueError, match="nothing to resume from: no file"):
+        fit_tiny(tiny_model(), snapshot=snapshot, resume=True)
+    fit_tiny(tiny_model(), recipe=replace(RECIPE, epochs=2), snapshot=snapshot)
+    with pytest.raises(ValueError, match="is of another fit: its recipe is"):
+        fit_tiny(tiny_model(), snapshot=snapshot, resume=True)
+    with pytest.raises(ValueError, match="is of another fit: its seed is 0, expected 1"):
+        fit_tiny(
+            tiny_model(), recipe=replace(RECIPE, epochs=2), seed=1, snapshot=snapshot, resume=True
+        )
+    content = snapshot.read_bytes()
+    for damaged in (content[:100], content[: len(content) // 2], b"", b"x" * 64):
+        snapshot.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            fit_tiny(tiny_model(), recipe=replace(RECIPE, epochs=2), snapshot=snapshot, resume=True)
+    nf.save(tiny_model(), snapshot)
+    with pytest.raises(ValueError, match="is no snapshot of a fit"):
+        fit_tiny(tiny_model(), recipe=replace(RECIPE, epochs=2), snapshot=snapshot, resume=True)
+
+
+PROCESS = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_training import *
+torch.set_num_threads(1)
+model = tiny_model(dropout=0.2, hidden=(64, 64))
+recipe = replace(RECIPE, epochs=40)
+def slowly(epoch):
+    print(epoch.epoch, flush=True)
+    time.sleep({pause})
+fit_tiny(model, recipe=recipe, snapshot={snapshot!r}, snapshot_seconds=0, resume={resume},
+         progress=slowly)
+torch.save(flat(model), {out!r})
+"""
+
+
+def process(snapshot, out, resume, pause):
+    code = PROCESS.format(
+        tests=str(Path(__file__).parent),
+        snapshot=str(snapshot),
+        out=str(out),
+        resume=resume,
+        pause=pause,
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_fit_that_is_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+    assert process(tmp_path / "a", tmp_path / "whole.pt", False, 0).wait() == 0
+    killed = process(tmp_path / "b", tmp_path / "none.pt", False, 0.02)
+    assert killed.stdout is not None
+    while int(killed.stdout.readline()) < 17:
+        assert killed.poll() is None
+    time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert process(tmp_path / "b", tmp_path / "resumed.pt", True, 0).wait() == 0
+    assert not (tmp_path / "none.pt").exists()
+    assert torch.equal(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "resumed.pt"))
+
+
+# several processes ------------------------------------------------------------------------------
+
+RANKS = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_training import *
+from nicefast.ranks import process_group
+torch.set_num_threads(1)
+model = tiny_model(hidden=(16,))
+seen = []
+with process_group(torch.device("cpu")) as ranks:
+    fit_tiny(model, recipe=replace(RECIPE, epochs=4, batch_size=33), progress=seen.append)
+    if ranks.rank == 0:
+        torch.save((flat(model), [e[:3] for e in seen], ranks.world), {out!r})
+"""
+
+
+def test_two_processes_come_to_what_one_does(tmp_path):
+    code = tmp_path / "ranks.py"
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.pt"
+        code.write_text(RANKS.format(tests=str(Path(__file__).parent), out=str(out)))
+        command = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
+        subprocess.run([sys.executable, *command, str(code)], check=True, capture_output=True)
+        found.append(torch.load(out))
+    (weights, epochs, one), (weights2, epochs2, two) = found
+    assert (one, two) == (1, 2)
+    torch.testing.assert_close(weights, weights2, rtol=1e-4, atol=1e-5)
+    for mine, others in zip(epochs, epochs2, strict=True):
+        assert mine == pytest.approx(others, abs=1e-3)

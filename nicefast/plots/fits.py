@@ -1,27 +1,34 @@
-"""Pictures of a run: samples beside real data, and the learning curve.
-
-Drawn through matplotlib's object interface, so that no global state is touched and no display is
-needed. Every function writes one PNG and raises ImportError where matplotlib is missing.
-"""
+"""Pictures of a run: samples beside real data, the learning curve, the scaling's spectrum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from .canvas import (
+    ACCENT,
+    BASELINES,
+    INK,
+    LINES,
+    MUTED,
+    SOFT,
+    figure_of,
+    is_image,
+    show,
+    tidy,
+    tiled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-    from .training import Evaluation, History
-
-INK, MUTED, ACCENT, SOFT, LINES = "#1f2933", "#7b8794", "#0b69a3", "#5b9bc8", "#e4e7eb"
-BASELINES = ("#b44d12", "#8d6a9f", "#4d7c3a", "#7b8794")
+    from ..evaluation import Evaluation
+    from ..training import History
 
 
 def plot_samples(real: Tensor, samples: Tensor, path: str | Path, name: str = "data") -> None:
@@ -35,7 +42,7 @@ def plot_samples(real: Tensor, samples: Tensor, path: str | Path, name: str = "d
         path: the PNG's place.
         name: of the data, for the titles.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     plot_samples(torch.rand(9, 1, 8, 8), torch.rand(9, 1, 8, 8), folder + "/samples.png")
     ...     Path(folder, "samples.png").exists()
@@ -45,8 +52,9 @@ def plot_samples(real: Tensor, samples: Tensor, path: str | Path, name: str = "d
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
     if is_image(tuple(real.shape[1:])):
         for axes, images in ((left, real), (right, samples)):
-            axes.imshow(_mosaic(images), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_axis_off()
+            side = max(1, min(10, int(len(images) ** 0.5)))
+            tiles = images[: side * side].float().cpu()
+            show(axes, tiled(tiles if tiles.ndim == 4 else tiles.unsqueeze(1), side))
     else:
         edges = real.flatten(1)[:, :2].float()
         low, high = edges.amin(0), edges.amax(0)
@@ -58,7 +66,7 @@ def plot_samples(real: Tensor, samples: Tensor, path: str | Path, name: str = "d
             axes.set_ylim(float(low[1] - margin[1]), float(high[1] + margin[1]))
             axes.set_xlabel("feature 0")
             axes.set_ylabel("feature 1")
-            _tidy(axes)
+            tidy(axes)
     left.set_title(f"real {name} (training rows)", color=INK, fontsize=12)
     right.set_title("samples of the NICE", color=INK, fontsize=12)
     figure.savefig(path)
@@ -111,46 +119,70 @@ def plot_learning_curve(
         fontsize=12,
     )
     axes.grid(axis="y", color=LINES, linewidth=0.8)
-    _tidy(axes)
+    tidy(axes)
     figure.savefig(path)
 
 
-def is_image(event_shape: tuple[int, ...]) -> bool:
-    """Whether rows of that shape are shown as images: (H, W) or (C, H, W) with C = 1 or 3.
+def plot_spectrum(
+    log_scale: Tensor, path: str | Path, event_shape: Sequence[int] | None = None
+) -> None:
+    """The spectrum ``sigma_d = exp(-s_d)``, largest first (Dinh et al. 2014, figure 8), as PNG.
 
-    >>> is_image((1, 8, 8)), is_image((64,))
-    (True, False)
+    sigma_d is the width of latent feature d as the couplings leave it, before the scaling makes
+    every width one: a small one is a direction in which the data hardly vary.
+
+    Args:
+        log_scale: s, (D,), or of the event shape; finite.
+        path: the PNG's place.
+        event_shape: where it is an image's and ``log_scale`` is flat: (H, W) or (C, H, W). Then a
+            second panel has sigma_d at each pixel (of three channels, their geometric mean), which
+            feature d of a NICE keeps through all couplings.
+
+    Raises ValueError for an ``event_shape`` of another number of features, an empty ``log_scale``,
+    or one that is not finite.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     plot_spectrum(torch.randn(64), folder + "/spectrum.png", (1, 8, 8))
+    ...     Path(folder, "spectrum.png").exists()
+    True
     """
-    channels = event_shape[0] if len(event_shape) == 3 else 1
-    return len(event_shape) in (2, 3) and channels in (1, 3) and min(event_shape[-2:]) > 1
+    shape = tuple(log_scale.shape if event_shape is None else event_shape)
+    if not log_scale.numel() or math.prod(shape) != log_scale.numel():
+        raise ValueError(
+            f"log_scale must have one value for each feature of event_shape {shape}, "
+            f"got shape {tuple(log_scale.shape)}"
+        )
+    s = log_scale.detach().double().cpu().flatten()
+    if not s.isfinite().all():
+        raise ValueError("log_scale must be finite")
+    sigma = (-s).exp()
+    shown = is_image(shape)
+    figure = figure_of(9.6 if shown else 6.4, 4.2)
+    axes, *others = figure.subplots(
+        1, 1 + shown, squeeze=False, gridspec_kw={"width_ratios": [1.25, 1] if shown else [1]}
+    )[0]
+    ordered = sigma.sort(descending=True).values.numpy()
+    axes.step(np.arange(len(ordered) + 1), [*ordered, ordered[-1]], where="post", color=ACCENT)
+    axes.set_yscale("log")
+    axes.set_xlim(0, len(ordered))
+    axes.set_xlabel("latent feature d, widest first")
+    axes.set_ylabel(r"$\sigma_d = \exp(-s_d)$")
+    axes.set_title("spectrum of the scaling", loc="left", color=INK, fontsize=12)
+    axes.grid(axis="y", color=LINES, linewidth=0.8)
+    tidy(axes)
+    for panel in others:
+        from matplotlib.colors import LogNorm
 
-
-def figure_of(width: float, height: float) -> Figure:
-    """Inches; without global state and without a display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'nicefast[train]'") from error
-    figure = Figure((width, height), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _mosaic(images: Tensor) -> Any:
-    """Images in a square grid with thin light lines between them: (H', W') or (H', W', 3)."""
-    side = max(1, min(10, int(len(images) ** 0.5)))
-    tiles = images[: side * side].float().cpu().clamp(0, 1)
-    if tiles.ndim == 3:
-        tiles = tiles.unsqueeze(1)
-    enlarge = -(-64 // tiles.shape[-1])
-    tiles = tiles.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    channels = tiles.shape[1]
-    line = 0.12 if channels == 1 else 0.88  # one channel is drawn as ink on white
-    tiles = torch.nn.functional.pad(tiles, (2, 2, 2, 2), value=line)
-    height, width = tiles.shape[2:]
-    grid = tiles.view(side, side, channels, height, width).permute(0, 3, 1, 4, 2)
-    return grid.reshape(side * height, side * width, channels).squeeze(-1).numpy()
+        pixels = (-s.view(-1, *shape[-2:]).mean(0)).exp().numpy()
+        low, high = axes.get_ylim()
+        picture = panel.imshow(pixels, cmap="viridis", norm=LogNorm(low, high))
+        panel.set_axis_off()
+        panel.set_title(r"$\sigma_d$ at its pixel", color=INK, fontsize=12)
+        bar = figure.colorbar(picture, ax=panel, fraction=0.05, pad=0.03)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(which="both", colors=MUTED)
+    figure.savefig(path)
 
 
 def _label_ends(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
@@ -159,7 +191,7 @@ def _label_ends(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
     least = 0.085 * (high - low)
     place = -float("inf")
     for text, value, colour in sorted(labels, key=lambda label: label[1]):
-        place = max(value, place + least)
+        place = max(min(max(value, low), high), place + least)  # within the picture
         axes.annotate(
             text,
             (1.0, place),
@@ -170,13 +202,3 @@ def _label_ends(axes: Axes, labels: list[tuple[str, float, str]]) -> None:
             color=colour,
             annotation_clip=False,
         )
-
-
-def _tidy(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-    axes.tick_params(colors=MUTED)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)

@@ -1,0 +1,85 @@
+"""What every command shares: the application, errors in one line, finished runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as missing:
+    # Without typer there is no app to report through, and a traceback would hide the one remedy.
+    sys.stderr.write(f"nicefast: error: {missing}: pip install 'nicefast[train]'\n")
+    raise SystemExit(2) from None
+
+from .. import __version__
+from ..checkpoint import load
+from ..flow import NICE
+from ..preprocessing import Preprocessing
+
+app = typer.Typer(
+    help="NICE normalizing flows: exact densities and samples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nicefast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    """What every subcommand shares: nothing but --version."""
+
+
+def main() -> None:
+    """Entry point of the ``nicefast`` command."""
+    app()
+
+
+def console() -> Console:
+    return Console(highlight=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what goes wrong into one line on stderr: exit code 2 for a user's input, else 1."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError) as error:
+        typer.echo(f"nicefast: error: {' '.join(str(error).split())}", err=True)
+        users = not isinstance(error, RuntimeError | ArithmeticError)
+        raise typer.Exit(2 if users else 1) from None
+    except KeyboardInterrupt as interrupt:
+        typer.echo(f"nicefast: interrupted{''.join(map(str, interrupt.args))}", err=True)
+        raise typer.Exit(130) from None
+
+
+class Finished(NamedTuple):
+    """What a run folder holds for those who look at it."""
+
+    model: NICE
+    preprocessing: Preprocessing
+
+
+def finished(run: Path, device: str = "cpu") -> Finished:
+    """The model and the preprocessing of a run folder; ValueError where it is none."""
+    if not (run / "result.json").is_file():
+        raise ValueError(f"RUN {run} is no run folder: it has no result.json")
+    return Finished(
+        load(run / "model.safetensors", device),
+        Preprocessing.load(run / "preprocessing.safetensors"),
+    )

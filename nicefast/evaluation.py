@@ -1,0 +1,160 @@
+"""Log-likelihoods of held-out rows: on the scale of the flow, on the raw scale, in bits/dim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .preprocessing import Preprocessing
+from .ranks import Ranks
+
+SCORING_ROWS = 8192
+MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}
+
+
+class Density(Protocol):
+    """Anything with a log-density: a flow or a baseline."""
+
+    def log_prob(self, x: Tensor, /) -> Tensor: ...
+
+
+class Evaluation(NamedTuple):
+    """What :func:`evaluate` found, in nats per row.
+
+    Attributes:
+        log_prob: mean log-density of the preprocessed rows, the scale that the paper reports.
+        standard_error: of that mean, over rows.
+        raw_log_prob: mean log-density on the raw scale: of the values as they came, of
+            ``level + u`` for discrete data.
+        bits_per_dim: ``-raw_log_prob / (D ln 2)`` for discrete data, otherwise None.
+        draw_spread: standard deviation of the mean from one noise draw to the next; 0 for one.
+        rows, draws, seed: how many rows, noise draws for each, and the seed of the noise.
+    """
+
+    log_prob: float
+    standard_error: float
+    raw_log_prob: float
+    bits_per_dim: float | None
+    draw_spread: float
+    rows: int
+    draws: int
+    seed: int
+
+
+def evaluate(
+    model: Density, rows: Tensor, preprocessing: Preprocessing, draws: int = 16, seed: int = 0
+) -> Evaluation:
+    """Mean log-likelihood of ``rows``, in float32 or better whatever is in force.
+
+    Discrete rows are dequantised ``draws`` times with noise from ``seed``; a row's log-likelihood
+    is the mean of ``log p`` over its draws. Continuous rows are scored once.
+
+    Args:
+        model: a flow or a baseline, of preprocessed rows.
+        rows: (N, \\*event_shape), raw: as a data set holds them.
+        preprocessing: from there to what ``model`` sees.
+        draws: noise draws for each row.
+        seed: of the noise.
+
+    Raises:
+        ValueError: fewer than two rows or one draw, or a log-likelihood that is not finite.
+
+    >>> from nicefast.baselines import Gaussian
+    >>> x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    >>> evaluate(Gaussian.full(x), x, Preprocessing(())).bits_per_dim is None
+    True
+    """
+    if len(rows) < 2:
+        raise ValueError(f"rows must be two or more, got {len(rows)}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    discrete = not rows.is_floating_point()
+    draws = draws if discrete else 1
+    with precision("float32", device_of(model)):
+        scores, raw = row_scores(model, rows, preprocessing, draws, seed)
+    mean = scores.mean(0)
+    if not mean.isfinite().all():
+        raise ValueError(f"log_prob is not finite in {int((~mean.isfinite()).sum())} rows")
+    per_draw = scores.mean(1)
+    in_raw = raw.mean().item()
+    return Evaluation(
+        log_prob=mean.mean().item(),
+        standard_error=mean.std().item() / math.sqrt(len(rows)),
+        raw_log_prob=in_raw,
+        bits_per_dim=-in_raw / (rows[0].numel() * math.log(2)) if discrete else None,
+        draw_spread=per_draw.std().item() if draws > 1 else 0.0,
+        rows=len(rows),
+        draws=draws,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def row_scores(
+    model: Density,
+    rows: Tensor,
+    preprocessing: Preprocessing,
+    draws: int,
+    seed: int,
+    own: slice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``log p`` of rows ``own`` (all) in every draw, (draws, N), on the flow's and the raw scale.
+
+    float64, on the CPU; row i of N has in draw d the noise of row ``d * N + i`` of the seed's
+    stream, whatever rows are asked for.
+    """
+    todo = range(len(rows))[own or slice(None)]
+    device, dtype = device_of(model), dtype_of(model)
+    found, raw = [], []
+    for draw in range(draws):
+        for start in range(todo.start, todo.stop, SCORING_ROWS):
+            batch = rows[start : min(start + SCORING_ROWS, todo.stop)].to(device)
+            x, log_det = preprocessing.forward(batch, seed, draw * len(rows) + start)
+            scores = model.log_prob(x.to(dtype)).double()
+            found.append(scores.cpu())
+            raw.append((scores + log_det).cpu())
+    shape = (draws, len(todo))
+    if not found:
+        return torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
+    return torch.cat(found).view(shape), torch.cat(raw).view(shape)
+
+
+def mean_score(
+    model: Density, rows: Tensor, preprocessing: Preprocessing, draws: int, seed: int, ranks: Ranks
+) -> float:
+    """Mean ``log p`` over rows and draws; each rank scores its share."""
+    scores, _ = row_scores(model, rows, preprocessing, draws, seed, ranks.share(len(rows)))
+    total = ranks.sum(scores.sum().to(device_of(model)))
+    return total.item() / (draws * len(rows))
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Matrix products in float32, tf32 or bf16 (operands; sums stay float32) within the block."""
+    if name not in MATMUL:
+        raise ValueError(f"precision must be one of {', '.join(MATMUL)}, got {name!r}")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(MATMUL[name])
+    try:
+        # what autocast has cast it would keep to the block's end: the weights of the first step
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def device_of(model: Density) -> torch.device:
+    """Where the model's parameters are; the CPU for a baseline."""
+    return next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
+
+
+def dtype_of(model: Density) -> torch.dtype:
+    """Of the model's parameters; float32 for a baseline, which converts for itself."""
+    return next(model.parameters()).dtype if isinstance(model, nn.Module) else torch.float32

@@ -1,0 +1,60 @@
+"""Several processes that do one job: which rows are whose, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks(NamedTuple):
+    """This process among those of ``torch.distributed``: rank ``rank`` of ``world``.
+
+    >>> Ranks(rank=1, world=3).share(10)
+    slice(4, 7, None)
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """Of the process group that is initialised; rank 0 of 1 without one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def share(self, count: int) -> slice:
+        """This rank's part of ``count`` rows: contiguous, of equal size to within one row."""
+        each, more = divmod(count, self.world)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[Ranks]:
+    """Join the process group that torchrun has announced, if it has, for as long as the block."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield Ranks.here()
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks.here()
+    finally:
+        dist.destroy_process_group()

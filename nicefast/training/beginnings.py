@@ -1,0 +1,61 @@
+"""Where training begins: the conditioners' last layers and the scaling."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..flow import NICE
+from ..layers import MLP, AdditiveCoupling
+
+
+@torch.no_grad()
+def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
+    """Set ``log_scale`` to ``log(prior standard deviation / data standard deviation)``.
+
+    With couplings that begin near the identity, latent features then begin at the prior's own
+    spread, which makes training several times shorter than beginning at ``log_scale = 0``.
+
+    Args:
+        model: the flow.
+        x: (N, \\*event_shape), two or more rows.
+        limit: most that log_scale is set to.
+
+    Raises ValueError where a feature of ``x`` is constant or not finite.
+
+    >>> model = NICE(2, hidden=(8,), prior="normal")
+    >>> init_scaling(model, torch.tensor([[0.0, 10.0], [2.0, 30.0], [1.0, 20.0]]))
+    >>> model.scaling.log_scale.exp()
+    tensor([1.0000, 0.1000], grad_fn=<ExpBackward0>)
+    """
+    deviation = x.flatten(1).double().std(0)
+    unusable = (~(deviation > 0) | ~deviation.isfinite()).nonzero().flatten().tolist()
+    if unusable:
+        raise ValueError(
+            f"x must vary in every feature and be finite, but {len(unusable)} of its "
+            f"{len(deviation)} features do not, the first of them feature {unusable[0]}"
+        )
+    log_scale = model.scaling.log_scale
+    found = model.prior.stddev.double().log() - deviation.log().to(log_scale.device)
+    log_scale.copy_(found.clamp(max=limit))
+
+
+@torch.no_grad()
+def initialise(model: NICE, start: str, x: Tensor, limit: float = math.inf) -> None:
+    """Where training begins: see ``start`` of :class:`Recipe`; ``x`` are preprocessed rows."""
+    for coupling in model.couplings:
+        linears = cast("MLP", cast("AdditiveCoupling", coupling).conditioner).linears
+        for linear in linears[-1:] if start == "data" else linears:
+            layer = cast("nn.Linear", linear)
+            if start == "data":
+                nn.init.zeros_(layer.weight)
+            else:
+                nn.init.uniform_(layer.weight, -0.01, 0.01)
+            nn.init.zeros_(layer.bias)
+    if start == "data":
+        init_scaling(model, x, limit)
+    else:
+        model.scaling.log_scale.zero_()

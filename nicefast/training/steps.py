@@ -1,0 +1,135 @@
+"""One training step; on a GPU, as one CUDA graph that never waits for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..flow import NICE
+from ..ranks import Ranks
+
+WARM_UP = 3  # real steps before the capture: kernels are compiled, the optimiser's state is made
+
+
+class _Sum(nn.Module):
+    """The sum of log-densities: what DistributedDataParallel can call."""
+
+    def __init__(self, model: NICE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.log_prob(x).sum()
+
+
+class Step:
+    """Forward, backward, clipping and the optimiser, for one batch.
+
+    The sum of log-likelihoods and the first step at which it was not finite are kept on the
+    device, and are read when somebody asks.
+    """
+
+    def __init__(self, model: NICE, optimiser: Optimizer, clip: float, ranks: Ranks) -> None:
+        self.model, self.optimiser, self.clip, self.ranks = model, optimiser, clip, ranks
+        device = model.scaling.log_scale.device
+        self.device = device
+        summed: nn.Module = _Sum(model)
+        if ranks.world > 1:
+            summed = DistributedDataParallel(summed)
+        self._sum: Callable[[Tensor], Tensor] = summed
+        self._total = torch.zeros((), dtype=torch.float64, device=device)
+        self._taken = torch.zeros((), dtype=torch.int64, device=device)
+        self._bad = torch.full((), -1, dtype=torch.int64, device=device)
+        # the gradients of several processes are exchanged by hooks, which no graph knows
+        self._captures = device.type == "cuda" and ranks.world == 1
+        self._warm = 0
+        self._graph: tuple[Callable[[], None], Tensor] | None = None
+
+    def __call__(self, x: Tensor, lr: float, momentum: float | None, rows: int, full: bool) -> None:
+        """Take a step along the gradient of the mean over the ``rows`` of all ranks."""
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+            if momentum is not None and momentum != group["momentum"]:
+                group["momentum"] = momentum  # a number that a graph has within it
+                self._graph, self._warm = None, 0
+        if not (self._captures and full):
+            self._take(x, rows)
+            return
+        if self._graph is None and self._warm < WARM_UP:
+            self._warm += 1
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                self._take(x, rows)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            return
+        if self._graph is None:
+            self._graph = self._capture(x, rows)
+        replay, given = self._graph
+        given.copy_(x)
+        replay()
+
+    def _capture(self, x: Tensor, rows: int) -> tuple[Callable[[], None], Tensor]:
+        given = x.clone()
+        self.optimiser.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._take(given, rows)
+        return graph.replay, given
+
+    def _take(self, x: Tensor, rows: int) -> None:
+        total = self._sum(x)
+        self.optimiser.zero_grad(set_to_none=True)
+        # DistributedDataParallel takes the mean over ranks where the sum is wanted
+        (total * (-self.ranks.world / rows)).backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimiser.step()
+        with torch.no_grad():
+            # a log_prob is finite with infinite weights never, but with an infinite log_scale once
+            finite = total.isfinite() & self.model.scaling.log_scale.isfinite().all()
+            first = (self._bad < 0) & ~finite
+            self._bad.copy_(torch.where(first, self._taken, self._bad))
+            self._taken += 1
+            self._total += total.detach()
+
+    def first_bad(self) -> int | None:
+        """The first step, from 0, whose log-likelihood was not finite, on any rank."""
+        known = torch.where(self._bad < 0, torch.iinfo(torch.int64).max, self._bad)
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
+        found = int(known)
+        return None if found == torch.iinfo(torch.int64).max else found
+
+    def take_total(self) -> float:
+        """The sum of log-likelihoods over all rows and ranks since this was last asked."""
+        total = self.ranks.sum(self._total.clone()).item()
+        self._total.zero_()
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, but for the weights."""
+        found = {"total": self._total, "taken": self._taken}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            found |= {f"{i}.{name}": value for name, value in state.items()}
+        return found
+
+    def restore(self, found: dict[str, Tensor]) -> None:
+        """Back to what :meth:`state` gave."""
+        found = dict(found)
+        self._total.copy_(found.pop("total"))
+        self._taken.copy_(found.pop("taken"))
+        states: dict[int, dict[str, Any]] = {}
+        for key, value in found.items():
+            i, name = key.split(".", 1)
+            states.setdefault(int(i), {})[name] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": states, "param_groups": groups})

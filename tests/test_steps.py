@@ -1,0 +1,75 @@
+"""A training step captured as a graph does what the step does: here with a stand-in for CUDA."""
+
+import contextlib
+
+import pytest
+import torch
+from test_training import flat, tiny_model
+
+from nicefast.ranks import Ranks
+from nicefast.training import steps
+from nicefast.training.optimisers import make_optimiser
+from nicefast.training.steps import Step
+
+
+def step_of(model, clip=0.0, name="adamw"):
+    return Step(model, make_optimiser(model, name, 1e-2, 0.9, 0.99, 1e-8, 0.0), clip, Ranks())
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Steps that believe themselves on a GPU; returns how often a graph was captured."""
+    captures = []
+
+    def capture(self, x, rows):
+        given = x.clone()
+        captures.append(rows)
+        return (lambda: self._take(given, rows)), given
+
+    class Stream:
+        def __init__(self, *_):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(Step, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    return captures
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_replayed_steps_are_the_steps(capturing, name):
+    plain, graphed = tiny_model(), tiny_model()
+    eager, replayed = step_of(plain, name=name), step_of(graphed, name=name)
+    replayed._captures = True
+    for i in range(9):
+        x = torch.randn(32 if i != 6 else 7, 4, generator=torch.Generator().manual_seed(i))
+        momentum = 0.5 * (i > 7) if name == "rmsprop" else None
+        for step in (eager, replayed):
+            step(x, 1e-2 / (i + 1), momentum, len(x), full=len(x) == 32)
+    assert torch.equal(flat(plain), flat(graphed))
+    assert eager.take_total() == replayed.take_total() != 0
+    assert eager.take_total() == 0
+    # after the warm-up once; again where a number that a graph has within it changed
+    assert capturing == [32]
+    assert replayed._warm == (steps.WARM_UP if name == "adamw" else 1)
+
+
+def test_the_first_step_that_is_not_finite_is_remembered():
+    step = step_of(tiny_model())
+    x = torch.randn(8, 4)
+    step(x, 1e-3, None, 8, full=True)
+    assert step.first_bad() is None
+    step(torch.full_like(x, torch.nan), 0.0, None, 8, full=True)
+    assert step.first_bad() == 1
+
+
+def test_clipping_bounds_the_norm_of_the_gradient():
+    model = tiny_model()
+    step = step_of(model, clip=0.5)
+    step(100 * torch.randn(8, 4), 1e-3, None, 8, full=True)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.5, rel=1e-4)
