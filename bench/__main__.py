@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(list(arguments))
+    skipped: list[str] = []
+    options = _parser(skipped).parse_args(list(arguments))
+    if not options.child:
+        for line in skipped:
+            print(f"python -m bench: {line}", file=sys.stderr)
     level = "full" if options.full else "quick" if options.quick else "default"
     if options.device == "cuda" and not torch.cuda.is_available():
         print("python -m bench: device cuda was asked for, torch finds no GPU", file=sys.stderr)
@@ -89,8 +93,16 @@ def _states(asked: str | None, level: str, device: str) -> list[str]:
     return [asked or "no-faults"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake; the whole usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"python -m bench: {message}\n")
+
+
+def _parser(skipped: list[str]) -> argparse.ArgumentParser:
+    """``skipped`` gets a line for each choice that is left out because nobody knows it."""
+    parser = _Parser(
         prog="python -m bench run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -98,12 +110,15 @@ def _parser() -> argparse.ArgumentParser:
 
     def choices(name: str, known: Sequence[str], default: Sequence[str] | None = None) -> None:
         def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            if unknown := [c for c in chosen if c not in known]:
-                raise argparse.ArgumentTypeError(
-                    f"must be some of {','.join(known)}, got {','.join(unknown)}"
-                )
-            return [c for c in known if c in chosen]
+            asked = text.split(",")
+            chosen = [c for c in known if c in asked]
+            if unknown := [c for c in asked if c not in known]:
+                said = f"must be some of {','.join(known)}, got {','.join(unknown)}"
+                if not chosen:
+                    raise argparse.ArgumentTypeError(said)
+                # what is known goes on; the processes that measure say nothing twice
+                skipped.append(f"--{name} {said}: left out")
+            return chosen
 
         parser.add_argument(
             f"--{name}",

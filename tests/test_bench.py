@@ -407,11 +407,25 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
-@pytest.mark.parametrize("argument", ["--case=D9", "--provider=plain,nobody", "--dtype=fp8"])
-def test_unknown_choices_are_refused(argument, capsys):
+@pytest.mark.parametrize("argument", ["--case=D9", "--provider=nobody", "--dtype=fp8"])
+def test_unknown_choices_are_refused_in_one_line(argument, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main([argument])
-    assert "must be some of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "must be some of" in said
+    assert said.count("\n") == 1
+
+
+def test_known_choices_go_on_beside_unknown_ones(monkeypatch, tmp_path, capsys):
+    started = []
+    monkeypatch.setattr(timing, "rerun", lambda *given: started.append(given) or 0)
+    out = tmp_path / "none.jsonl"
+    command.main(["--quick", "--case=MNIST,D9", "--provider=plain,nobody", f"--out={out}"])
+    assert len(started) == 1
+    said = capsys.readouterr().err
+    assert "--case must be some of" in said
+    assert "got D9: left out" in said
+    assert "got nobody: left out" in said
 
 
 def test_unknown_commands_and_devices_are_refused(capsys):
