@@ -117,6 +117,13 @@ def test_one_seed_decides_everything():
     assert not torch.equal(results[0][0], results[2][0])
 
 
+def test_the_largest_seed_is_a_seed():
+    history = fit_tiny(tiny_model(), recipe=replace(RECIPE, epochs=1), seed=2**62 - 1)
+    assert history.best.epoch == 1
+    with pytest.raises(ValueError, match=r"seed must be from 0 to 2\^62 - 1, got -1"):
+        fit_tiny(tiny_model(), seed=-1)
+
+
 def test_noise_is_fresh_each_epoch_and_test_rows_are_not_touched(monkeypatch):
     seen = []
     forward = Preprocessing.forward

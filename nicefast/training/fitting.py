@@ -181,8 +181,9 @@ class _Fit:
         recipe, began = self.recipe, self.seconds
         number = len(self.records) + 1
         self.model.train()
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.rows), generator=order).split(recipe.batch_size)
+        generator = torch.Generator().manual_seed(_mixed(self.seed, number))
+        shuffled = torch.randperm(len(self.rows), generator=generator).to(self.rows.device)
+        order = shuffled.split(recipe.batch_size)
         first = self.taken - (number - 1) * self.steps_each
         for i in range(first, self.steps_each):
             self._take(order[i])
@@ -230,13 +231,12 @@ class _Fit:
             risen = (self.taken / self.steps_each - low) / (high - low)
             momentum = recipe.momentum * min(max(risen, 0.0), 1.0)
         # dropout is a function of the step: nothing random need be kept for a resumption
-        torch.manual_seed((self.seed * 1_000_003 + self.taken) * self.ranks.world + self.ranks.rank)
+        torch.manual_seed(_mixed(self.seed, self.taken * self.ranks.world + self.ranks.rank))
         share = self.ranks.share(len(chosen))
         consumed = len(self.rows) * len(self.records)
         place = self.taken - len(self.records) * self.steps_each
         consumed += place * recipe.batch_size + share.start
-        own = chosen[share]
-        raw = self.rows[own.to(self.rows.device)].to(self.device, non_blocking=True)
+        raw = self.rows[chosen[share]].to(self.device, non_blocking=True)
         x, _ = self.preprocessing.forward(raw, TRAINING_NOISE + self.seed, consumed)
         self.step(
             x.to(self.dtype), lr, momentum, len(chosen), full=len(chosen) == recipe.batch_size
@@ -323,6 +323,11 @@ class _Fit:
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return History(tuple(self.records), self.best, len(self.records) < self.recipe.epochs)
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed for each number: of shuffling by the epoch, of dropout by the step."""
+    return (seed * 1_000_003 + number) % 2**63
 
 
 def _resident(rows: Tensor, device: torch.device) -> Tensor:
