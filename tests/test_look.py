@@ -5,9 +5,9 @@ import pytest
 for package in ("typer", "rich", "matplotlib", "safetensors", "sklearn"):
     pytest.importorskip(package, reason=f"needs {package}")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-from nicefast import cli  # noqa: E402
+from nicefast import cli
 
 QUICK = ("--epochs", "2", "--hidden", "8", "--couplings", "2", "--noise-draws", "2")
 
