@@ -1,4 +1,4 @@
-# make demo   train a NICE on real digits and show what it learnt
+# make demo   train a NICE on real digits and show what it learnt; score a million rows with it
 # make test   every kernel and everything above it against the reference; no GPU needed
 # make bench  how fast NICE runs on this machine, against whom, how near to its limit; ten minutes
 # make check  style, types, and the rule that imports run downwards
@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.train
 	$(BIN)/nicefast fit digits --out runs/digits --overwrite
+	$(BIN)/python -m bench.scoring runs/digits --rows 1000000
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

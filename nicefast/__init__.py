@@ -8,6 +8,7 @@ from .flow import NICE
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition
 from .path import choose_path
+from .scoring import score
 
 __all__ = [
     "MLP",
@@ -23,5 +24,6 @@ __all__ = [
     "priors",
     "reference",
     "save",
+    "score",
     "set_backend",
 ]

@@ -1,0 +1,216 @@
+"""A job whose result is a file: what identifies it, which chunks are left, and all its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .._version import __version__
+from ..ranks import Ranks
+from .formats import SINKS, import_pyarrow
+from .journal import FORMAT, Entry, Folder, Journal, Kept, read
+from .sinks import FileSink, Layout
+
+Span = tuple[int, int | None]
+
+
+class Work(NamedTuple):
+    """What one rank is to do: spans of rows into ``sink``, in pieces and batches; ``done`` rows
+    are done."""
+
+    spans: list[Span]
+    sink: FileSink
+    piece: int
+    batch: int
+    done: int
+
+
+class Job(NamedTuple):
+    """From a claimed folder to the complete file.
+
+    Attributes:
+        path: of the file.
+        identity: what makes two jobs the same, as JSON holds it.
+        layout: of a row of the result.
+        rows: of the source, None where that is not known.
+        chunk_rows: rows that are finished together, before rounding to whole batches.
+        strict: bad rows of finished chunks are an error, too.
+        ranks, device: the processes, and where this one computes.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    layout: Layout
+    rows: int | None
+    chunk_rows: int
+    strict: bool
+    ranks: Ranks
+    device: torch.device
+
+    def carry_out(
+        self, work: Callable[[Work], object], resume: bool, overwrite: bool, batch: int
+    ) -> list[Entry]:
+        """Chunk by chunk by ``work``, then assemble; what is known of each chunk, in order.
+
+        ``batch`` is the number of rows computed together where the identity does not give it.
+
+        Raises ValueError as :meth:`nicefast.scoring.journal.Folder.claim`, where there is nothing
+        by which a job to resume could be recognised, and what ``work`` raises; RuntimeError where
+        another rank has failed.
+        """
+        why_not = _unrecognised(self.identity)
+        if resume and why_not:
+            raise ValueError(f"resume: {why_not}")
+        folder, chief = Folder(self.path), self.ranks.rank == 0
+        try:
+            with together(self.ranks, self.device):
+                if chief:
+                    folder.claim(self.identity, resume, overwrite, {"batch_rows": batch})
+                    folder.share()
+            with together(self.ranks, self.device):
+                folder.share()
+                kept = read(folder.path)
+            if kept.assembled is None:
+                kept = self._finish_chunks(folder, kept, work)
+            with together(self.ranks, self.device):
+                if chief:
+                    folder.remove()
+        except BaseException as error:
+            if why_not and chief:
+                folder.discard()
+            if isinstance(error, KeyboardInterrupt):
+                what = f"go on with --resume: {folder.path}"
+                raise KeyboardInterrupt(
+                    f", {what if folder.path.exists() else 'nothing was kept'}"
+                ) from None
+            raise
+        finally:
+            folder.release()
+        return _ordered(kept)
+
+    def _finish_chunks(self, folder: Folder, kept: Kept, work: Callable[[Work], object]) -> Kept:
+        identity = kept.identity or {}
+        batch = int(identity["batch_rows"])
+        piece = min(batch, self.chunk_rows)
+        chunk = self.chunk_rows // piece * piece
+        journal: Journal | None = None
+        sink: FileSink | None = None
+        try:
+            with together(self.ranks, self.device):
+                if self.strict:
+                    _check_no_bad_rows(kept)
+                rank = self.ranks.rank
+                journal = Journal(folder.path, rank, identity)
+                sink = SINKS[self.path.suffix](
+                    folder.path, journal, rank, self.layout, chunk, self.rows
+                )
+                # where memory was short before, it need not be found out again
+                batch = min([batch, *(e.batch for e in _ordered(kept)[-1:])])
+                spans = todo(kept, self.rows, chunk, self.ranks)
+                work(Work(spans, sink, piece, batch, sum(e.rows for e in kept.entries.values())))
+            kept = read(folder.path)
+            with together(self.ranks, self.device):
+                if self.ranks.rank == 0:
+                    entries = _ordered(kept)
+                    count = _counted(entries, self.rows, chunk)
+                    folder.finish(journal, sink.assemble(entries, count))
+        finally:
+            if sink is not None:
+                sink.close()
+            if journal is not None:
+                journal.close()
+        return kept
+
+
+@contextmanager
+def together(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Do something in all ranks, wait for all of them, and fail in all if it fails in one."""
+    try:
+        yield
+    except Exception:
+        with suppress(RuntimeError):  # the others may be gone
+            ranks.sum(torch.ones((), device=device))
+        raise
+    if ranks.sum(torch.zeros((), device=device)).item():
+        raise RuntimeError(f"rank {ranks.rank} stops: another rank has failed")
+
+
+def todo(kept: Kept, rows: int | None, chunk: int, ranks: Ranks) -> list[Span]:
+    """The rows of this rank's share of the chunks that are left, consecutive ones as one span.
+
+    >>> kept = Kept(None, {1: Entry(1, 10, 0, (), 10, "", 0, 0, 0)}, None)
+    >>> todo(kept, 35, 10, Ranks()), todo(kept, None, 10, Ranks()), todo(kept, 35, 10, Ranks(1, 2))
+    ([(0, 10), (20, 35)], [(0, 10), (20, None)], [(30, 35)])
+    """
+    entries, endless = kept.entries, rows is None
+    if rows is None:  # there is one rank, and what follows the last chunk is read to see
+        last = max(entries, default=-1)
+        rows = (last + 1) * chunk
+        endless = last < 0 or entries[last].rows == chunk
+    left = [i for i in range(-(-rows // chunk)) if i not in entries]
+    left = left[ranks.share(len(left))]
+    spans: list[Span] = []
+    for i in left:
+        stop = min((i + 1) * chunk, rows)
+        start = spans.pop()[0] if spans and spans[-1][1] == i * chunk else i * chunk
+        spans.append((start, stop))
+    if endless:
+        start = spans.pop()[0] if spans and spans[-1][1] == rows else rows
+        spans.append((start, None))
+    return spans
+
+
+def count_rows(table: Any, ranks: Ranks) -> int | None:
+    """Of a table; where they are to be shared out, whatever it takes."""
+    if table.rows is not None or ranks.world == 1:
+        return table.rows
+    if not table.seekable:
+        raise ValueError(
+            f"{table.name}: several ranks cannot share rows that come only once; "
+            f"write them to files"
+        )
+    return sum(len(block.values) for block in table.blocks(1 << 16))
+
+
+def versions(suffix: str) -> dict[str, str]:
+    """Of what the bytes of a result may depend on."""
+    found = {"nicefast": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    if suffix == ".parquet":
+        found["pyarrow"] = import_pyarrow().__version__
+    return {"format": FORMAT, **found}
+
+
+def _unrecognised(identity: Mapping[str, Any]) -> str | None:
+    if identity["source"] is None:
+        return "the source is an iterable, whose rows come only once"
+    if identity["model"] is None:
+        return "the model holds what cannot be compared, so it cannot be recognised again"
+    return None
+
+
+def _check_no_bad_rows(kept: Kept) -> None:
+    for entry in _ordered(kept):
+        if entry.bad:
+            raise ValueError(
+                f"row {entry.bad_rows[0]} holds values that are not finite, or has no finite "
+                f"log_prob; it was scored before the interruption"
+            )
+
+
+def _ordered(kept: Kept) -> list[Entry]:
+    return [entry for _, entry in sorted(kept.entries.items())]
+
+
+def _counted(entries: Sequence[Entry], rows: int | None, chunk: int) -> int:
+    """The rows of all chunks, none of which is missing."""
+    found = sum(e.rows for e in entries)
+    whole = all(e.chunk == i for i, e in enumerate(entries))
+    whole = whole and all(e.rows == chunk for e in entries[:-1])
+    if not whole or found != (found if rows is None else rows):
+        raise RuntimeError(f"chunks are missing: expected {rows} rows, found {found}")
+    return found

@@ -1,0 +1,291 @@
+"""What keeps an unfinished score: its folder, its identity, and a line for every finished chunk.
+
+``OUT.unfinished/`` holds the chunks' data and ``journal.jsonl``: first the identity of the job,
+then one line for each chunk, written only when its data are on the disk, at last a line for the
+assembled file. Other ranks keep a ``journal.RANK.jsonl`` of their own; resuming gathers them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+FORMAT = "nicefast.scores/1"
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+LISTED = 20  # bad rows that are kept by number
+_OURS = re.compile(r"journal(\.\d+)?\.jsonl(\.partial)?|data(\.\d+)?\.\w+|assembled\.\w+|lock")
+_BLOCK = 1 << 22
+
+
+class Entry(NamedTuple):
+    """A finished chunk: which rows were bad, and where its bytes are.
+
+    ``batch`` is the number of rows that were computed together when it ended.
+    """
+
+    chunk: int
+    rows: int
+    bad: int
+    bad_rows: tuple[int, ...]
+    batch: int
+    file: str
+    offset: int
+    length: int
+    crc: int
+
+
+class Kept(NamedTuple):
+    """What a folder's journals say; ``assembled`` is the complete file's name and size."""
+
+    identity: dict[str, Any] | None
+    entries: dict[int, Entry]
+    assembled: tuple[str, int] | None
+
+
+class Journal:
+    """The open journal of one rank, at whose end lines are added for good."""
+
+    def __init__(self, folder: Path, rank: int, identity: Mapping[str, Any]) -> None:
+        path = folder / (JOURNAL if rank == 0 else f"journal.{rank}.jsonl")
+        self.file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        if not path.stat().st_size:
+            self.append([{"identity": identity}])
+            sync_folder(folder)
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines and wait until they are on the disk."""
+        write_all(self.file, b"".join(_line(line) for line in lines))
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Folder:
+    """``OUT.unfinished`` beside ``out``, for the one process that may write there.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     folder = Folder(Path(place, "scores.npy"))
+    ...     _ = folder.claim({"seed": 0}, resume=False, overwrite=False)
+    ...     folder.release()
+    ...     folder.claim({"seed": 1}, resume=True, overwrite=False)
+    Traceback (most recent call last):
+    ValueError: resume: seed differs: expected 0, found 1
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(f"{out.name}.unfinished")
+        self._old = out.with_name(f".{out.name}.finished")
+        self._lock: IO[bytes] | None = None
+        self._claimed = False
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """ValueError where ``out`` or the folder is there and should not be, or the reverse."""
+        if self.out.is_dir():
+            raise ValueError(f"out {self.out} is a folder, expected a file or nothing")
+        there = self.path.is_dir()
+        if self.path.exists() and not there:
+            raise ValueError(f"{self.path} is there and no folder: move it away")
+        if there:
+            other = [p.name for p in self.path.iterdir() if not _OURS.fullmatch(p.name)]
+            if other:
+                raise ValueError(f"{self.path} is no unfinished score: it holds {sorted(other)[0]}")
+        if resume and not there:
+            raise ValueError(f"resume: there is no {self.path} to go on from")
+        if resume:
+            return
+        if there and not overwrite:
+            raise ValueError(
+                f"{self.path} is there, unfinished: resume to go on with it, or overwrite"
+            )
+        if self.out.exists() and not overwrite:
+            raise ValueError(f"out {self.out} exists already: overwrite to replace it")
+
+    def claim(
+        self,
+        identity: Mapping[str, Any],
+        resume: bool,
+        overwrite: bool,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Kept:
+        """Make the folder, or take over what is in it, with a single and consistent journal.
+
+        ``defaults`` are entries of the identity on which nobody insists: those of the journal go
+        before them. Only chunks whose bytes match their CRC are kept; whatever else is in the
+        folder goes. Where ``assembled`` is in the result, ``out`` is complete already.
+
+        Raises ValueError as :meth:`check` does, where another process is at work in the folder,
+        and where ``identity`` is not that of the journal, naming what differs.
+        """
+        self.check(resume, overwrite)
+        given = identity
+        shutil.rmtree(self._old, ignore_errors=True)
+        if self.path.exists():
+            self._hold()
+            if not resume:
+                self.release()
+                shutil.rmtree(self.path)
+        if not self.path.exists():
+            self.path.mkdir(parents=True)
+            self._hold()
+        kept = read(self.path)
+        identity = {**(defaults or {}), **identity}
+        if kept.identity is not None:
+            before = {k: kept.identity[k] for k in defaults or {} if k in kept.identity}
+            identity = _agreed(kept.identity, {**identity, **before, **given})
+            if kept.assembled is not None and not (self.path / kept.assembled[0]).is_file():
+                if self.out.is_file() and self.out.stat().st_size == kept.assembled[1]:
+                    return kept  # it was given its name just before the interruption
+                kept = kept._replace(assembled=None)
+        if self.out.exists() and not overwrite:
+            raise ValueError(f"out {self.out} exists already: overwrite to replace it")
+        self._claimed = True
+        return self._settle(kept._replace(identity=dict(identity)))
+
+    def finish(self, journal: Journal, assembled: Path) -> None:
+        """Give the complete file ``assembled`` the name ``out``."""
+        size = assembled.stat().st_size
+        journal.append([{"assembled": assembled.name, "length": size}])
+        os.replace(assembled, self.out)
+        sync_folder(self.out.parent)
+
+    def remove(self) -> None:
+        """Remove the folder: at once as far as anyone can see."""
+        shutil.rmtree(self._old, ignore_errors=True)
+        os.replace(self.path, self._old)
+        self.release()
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the folder if it was claimed: what it holds is of no use."""
+        if self._claimed and self.path.exists():
+            self.remove()
+
+    def release(self) -> None:
+        """Let others claim the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def share(self) -> None:
+        """Let no other job claim the folder while this process works in it, with its ranks."""
+        self._hold(exclusively=False)
+
+    def _hold(self, exclusively: bool = True) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        if self._lock is None:
+            self._lock = open(self.path / LOCK, "ab")  # noqa: SIM115
+        kind = fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH
+        try:
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ValueError(f"another process is at work in {self.path}") from None
+        except OSError:  # a file system without locks
+            self.release()
+
+    def _settle(self, kept: Kept) -> Kept:
+        """One journal of the chunks that are whole; data files end where the last of them does."""
+        entries = {i: e for i, e in kept.entries.items() if _is_whole(self.path / e.file, e)}
+        kept = kept._replace(entries=entries, assembled=None)
+        lines: list[Mapping[str, Any]] = [{"identity": kept.identity}]
+        lines += [e._asdict() for _, e in sorted(entries.items())]
+        partial = self.path / f"{JOURNAL}.partial"
+        with open(partial, "wb") as file:
+            file.writelines(map(_line, lines))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / JOURNAL)
+        sync_folder(self.path)
+        for path in self.path.iterdir():
+            if re.fullmatch(r"journal\.\d+\.jsonl", path.name) or path.stem == "assembled":
+                path.unlink()
+            elif path.name.startswith("data."):
+                ends = [e.offset + e.length for e in entries.values() if e.file == path.name]
+                os.truncate(path, max(ends, default=0))
+        return kept
+
+
+def read(folder: Path) -> Kept:
+    """What the journals in ``folder`` say, each up to its first line that is torn."""
+    identity, assembled = None, None
+    entries: dict[int, Entry] = {}
+    for path in sorted(folder.glob("journal*.jsonl")):
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                found = json.loads(line) if line.endswith(b"\n") else None
+                if not isinstance(found, dict):
+                    break
+                if "identity" in found:
+                    identity = found["identity"] if path.name == JOURNAL else identity
+                elif "assembled" in found:
+                    assembled = (str(found["assembled"]), int(found["length"]))
+                else:
+                    entry = Entry(**{**found, "bad_rows": tuple(found["bad_rows"])})
+                    entries[entry.chunk] = entry
+            except (ValueError, TypeError, KeyError):
+                break
+    return Kept(identity, entries, assembled) if identity is not None else Kept(None, {}, None)
+
+
+def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    """All of ``data`` to an unbuffered file, which may take it in parts."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[file.write(left) :]
+
+
+def blocks(path: Path, entry: Entry) -> Iterator[bytes]:
+    """The bytes of a chunk, some at a time; shorter where the file is."""
+    with open(path, "rb") as file:
+        file.seek(entry.offset)
+        left = entry.length
+        while left > 0 and (block := file.read(min(left, _BLOCK))):
+            left -= len(block)
+            yield block
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on the disk, where a system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+
+
+def _is_whole(path: Path, entry: Entry) -> bool:
+    crc, length = 0, 0
+    if path.is_file():
+        for block in blocks(path, entry):
+            crc, length = zlib.crc32(block, crc), length + len(block)
+    return (crc, length) == (entry.crc, entry.length)
+
+
+def _agreed(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(json.loads(json.dumps(given)))  # tuples are lists there
+    differing = [k for k in (*stored, *given) if stored.get(k) != given.get(k)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"resume: {key} differs: expected {stored.get(key)!r}, found {given.get(key)!r}"
+        )
+    return dict(given)

@@ -1,0 +1,276 @@
+"""Files of one array, read in rows: .npy, .npz, IDX and HDF5."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from ...data import readers
+from ...data.matlab import WrongError
+from .base import STEP, Array, Dtype, Piece, flat, spans
+from .files import Mapped, guarded, kind_of
+from .selection import Wanted, of_array
+
+_Open = Callable[[], AbstractContextManager[IO[bytes]]]
+
+Reader = Callable[[Iterator[tuple[int, int]]], Iterator[Array]]
+"""Rows of consecutive spans, (n, *shape) each, as they are stored."""
+
+
+class Rows:
+    """A part that is one array of (N, \\*shape), by whatever reads spans of its rows."""
+
+    names: tuple[str, ...] | None = None
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        reader: Reader,
+        wanted: Wanted,
+        limited: bool = False,
+    ) -> None:
+        readers._check_dtype(dtype)
+        if dtype.itemsize > 8:
+            raise WrongError(f"expected numbers of at most 64 bits, got {dtype}")
+        if not shape:
+            raise WrongError("holds one number, expected rows")
+        if not math.prod(shape[1:]):
+            raise WrongError(f"holds rows of no values: shape {shape}")
+        self.name, self.path = str(path), path
+        self.rows: int | None = shape[0]
+        self.dtype: Dtype = np.dtype(np.uint8 if dtype.kind == "b" else dtype.newbyteorder("="))
+        self.key_types: dict[str, Any] = {}
+        self._select, self.features = of_array(shape[1:], wanted)
+        self._reader = reader
+        self._limit = max(1, STEP // (math.prod(shape[1:]) * dtype.itemsize)) if limited else None
+
+    def count(self) -> int:
+        return self.rows or 0
+
+    def pieces(
+        self, start: int, stop: int | None, first: int, size: int, dtype: Dtype
+    ) -> Iterator[Piece]:
+        end = self.count() if stop is None else min(stop, self.count())
+        if start >= end:
+            return
+        with guarded(self.path, kind_of(self.path)):
+            for values in self._reader(spans(start, end, first, size, self._limit)):
+                yield Piece(flat(values, self._select, dtype), {})
+
+
+def _mapped(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int, columns_first: bool
+) -> Reader:
+    def read(places: Iterator[tuple[int, int]]) -> Iterator[Array]:
+        mapping = Mapped(path)
+        values = mapping.array(dtype, shape, offset, columns_first)
+        for start, stop in places:
+            mapping.check()
+            rows = values[start:stop]
+            yield rows
+            mapping.taken(rows.nbytes)
+
+    return read
+
+
+def _streamed(
+    opened: _Open,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    offset: int,
+) -> Reader:
+    row = math.prod(shape[1:]) * dtype.itemsize
+
+    def read(places: Iterator[tuple[int, int]]) -> Iterator[Array]:
+        with opened() as stream:
+            at = -offset  # in bytes of values
+            stop = 0
+            for start, stop in places:
+                while at < start * row:
+                    at += len(_exactly(stream, min(STEP, start * row - at), at, row * shape[0]))
+                data = _exactly(stream, (stop - start) * row, at, row * shape[0])
+                at += len(data)
+                yield np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+            if stop == shape[0] and stream.read(1):  # and the checksums are looked at
+                raise WrongError(f"expected {row * shape[0]} bytes of values, found more")
+
+    return read
+
+
+def _exactly(stream: IO[bytes], size: int, before: int, total: int) -> bytearray:
+    data = bytearray()
+    while len(data) < size:
+        block = stream.read(min(STEP, size - len(data)))
+        if not block:
+            found = max(before + len(data), 0)
+            raise WrongError(f"truncated: expected {total} bytes of values, found {found}")
+        data += block
+    return data
+
+
+def npy(path: Path, _: str | None, wanted: Wanted) -> Rows:
+    """A ``.npy`` file, mapped."""
+    with path.open("rb") as stream:
+        dtype, shape, columns_first = _header(stream)
+        offset, found = stream.tell(), path.stat().st_size
+    expected = offset + math.prod(shape) * dtype.itemsize
+    if expected != found:
+        raise WrongError(f"not a readable .npy file: expected {expected} bytes, found {found}")
+    return Rows(path, dtype, shape, _mapped(path, dtype, shape, offset, columns_first), wanted)
+
+
+def npz(path: Path, key: str | None, wanted: Wanted) -> Rows:
+    """An array of a ``.npz``: mapped where it is stored as it is, else decompressed forward."""
+    with zipfile.ZipFile(path) as archive:
+        arrays = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
+        name = readers._choose(arrays, ("X", "x_train"), key)
+        info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as stream:
+            dtype, shape, columns_first = _header(stream)
+            offset = stream.tell()
+        expected = offset + math.prod(shape) * dtype.itemsize
+        if expected != info.file_size:
+            raise WrongError(f"array {name!r}: expected {expected} bytes, found {info.file_size}")
+        begins = _member_begins(path, info)
+        if info.compress_type == zipfile.ZIP_STORED and begins + expected <= path.stat().st_size:
+            reader = _mapped(path, dtype, shape, begins + offset, columns_first)
+            return Rows(path, dtype, shape, reader, wanted)
+        if columns_first:  # the first row ends with the last bytes
+            return held(path, readers._member(archive, name), wanted)
+
+    return Rows(
+        path,
+        dtype,
+        shape,
+        _streamed(lambda: _Member(path, f"{name}.npy"), dtype, shape, offset),
+        wanted,
+        limited=True,
+    )
+
+
+class _Member:
+    """A member of an archive, open as long as the archive is."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+
+    def __enter__(self) -> IO[bytes]:
+        self._archive = zipfile.ZipFile(self._path)
+        return self._archive.open(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
+
+
+def _member_begins(path: Path, info: zipfile.ZipInfo) -> int:
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        head = file.read(30)
+    if len(head) < 30 or head[:4] != b"PK\3\4":
+        raise WrongError("not a readable .npz file: a member's header is not where it should be")
+    return info.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
+
+
+def _header(stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    # Not np.load, which allocates what the header promises.
+    version = np.lib.format.read_magic(stream)
+    former = version == (1, 0)
+    header = np.lib.format.read_array_header_1_0 if former else np.lib.format.read_array_header_2_0
+    shape, columns_first, dtype = header(stream)
+    readers._check_dtype(dtype)
+    return dtype, shape, columns_first
+
+
+def idx(path: Path, _: str | None, wanted: Wanted) -> Rows:
+    """An IDX file: mapped, or read through gzip."""
+    with path.open("rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else path.open("rb") as stream:
+        magic = stream.read(4)
+        code, dimensions = (magic[2], magic[3]) if magic[:2] == b"\0\0" and magic[3:] else (0, 0)
+        if code not in readers._IDX or not dimensions:
+            raise WrongError(
+                "not a readable file of a known format (.npy, .npz, .csv, Parquet, Arrow, HDF5, "
+                f".mat, .bin, IDX): expected the magic bytes 00 00 of IDX, a type from 08 to 0e "
+                f"and a number of dimensions, found {magic.hex(' ')}"
+            )
+        sizes = stream.read(4 * dimensions)
+        if len(sizes) < 4 * dimensions:
+            raise WrongError(f"truncated: expected {dimensions} dimensions in the IDX header")
+    shape = struct.unpack(f">{dimensions}I", sizes)
+    dtype, offset = np.dtype(readers._IDX[code]), 4 + 4 * dimensions
+    if zipped:
+        reader = _streamed(cast(_Open, partial(gzip.open, path)), dtype, shape, offset)
+        return Rows(path, dtype, shape, reader, wanted, limited=True)
+    expected, found = math.prod(shape) * dtype.itemsize, path.stat().st_size - offset
+    if expected != found:
+        raise WrongError(f"truncated: expected {expected} bytes of values, found {found}")
+    return Rows(path, dtype, shape, _mapped(path, dtype, shape, offset, False), wanted)
+
+
+def hdf5(path: Path, key: str | None, wanted: Wanted) -> Rows:
+    """A dataset of an HDF5 file, in slices."""
+    try:
+        import h5py  # type: ignore[import-untyped]
+    except ImportError as error:
+        message = f"{path}: HDF5 needs h5py: pip install 'nicefast[hdf5]'"
+        raise ImportError(message) from error
+
+    def opened() -> Any:
+        # As much of a dataset's chunks as a block may cut through, or each is unpacked repeatedly.
+        return h5py.File(path, "r", rdcc_nbytes=1 << 26)
+
+    with opened() as file:
+        known: dict[str, Any] = {}
+        file.visititems(
+            lambda name, item: (
+                known.update({f"/{name}": item.dtype})
+                if isinstance(item, h5py.Dataset) and item.ndim
+                else None
+            )
+        )
+        name = key if key is None or key.startswith("/") else f"/{key}"
+        if name is None:
+            numbers = [one for one, dtype in known.items() if dtype.kind in "fiub"]
+            if len(numbers) != 1:
+                listing = ", ".join(numbers) or "none"
+                raise WrongError(
+                    f"expected one dataset of numbers, found {listing}; say which: {path}::/name"
+                )
+            name = numbers[0]
+        if name not in known:
+            raise WrongError(f"expected a dataset {name!r}, found {', '.join(known) or 'none'}")
+        shape, dtype = file[name].shape, file[name].dtype
+
+    def read(places: Iterator[tuple[int, int]]) -> Iterator[Array]:
+        with opened() as file:
+            for start, stop in places:
+                yield file[name][start:stop]
+
+    return Rows(path, dtype, shape, read, wanted)
+
+
+def other(path: Path, key: str | None, wanted: Wanted) -> Rows:
+    """MATLAB and CIFAR-10 files, which are read whole."""
+    return held(path, readers.read(path, key).values, wanted)
+
+
+def held(path: Path, values: Array, wanted: Wanted) -> Rows:
+    """An array in memory."""
+
+    def read(places: Iterator[tuple[int, int]]) -> Iterator[Array]:
+        for start, stop in places:
+            yield values[start:stop]
+
+    return Rows(path, values.dtype, values.shape, read, wanted)

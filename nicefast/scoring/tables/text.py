@@ -1,0 +1,154 @@
+"""CSV through pyarrow's streaming reader, and through Python's where an error has to be found."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data.matlab import WrongError
+from .base import Dtype, Piece
+from .columnar import arrow_of, matrix
+from .files import guarded
+from .selection import Wanted, select
+
+LOOKED_AT = 100  # rows whose cells decide whether a column is text, and a table may be integers
+_MISSING = ["", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null", "-NaN", "-nan"]
+
+
+class CSV:
+    """A CSV file under a header or none: int64 where every value is one, else float64.
+
+    The first row is a header where none of its cells is a number, or where it has every name that
+    is asked for. Empty cells and what else stands for a missing value are NaN. Keys are text, as
+    it stands in the file.
+    """
+
+    dtype: Dtype
+
+    def __init__(self, path: Path, _: str | None, wanted: Wanted) -> None:
+        self.name, self.path, self._pa = str(path), path, arrow_of(path)
+        rows = list(islice(self._lines(), LOOKED_AT))
+        if not rows:
+            raise WrongError("holds no rows")
+        line, cells = rows[0]
+        self.width = len(cells)
+        asked = [c for c in (*(wanted.columns or ()), *wanted.keys) if isinstance(c, str)]
+        header = [cell.strip() for cell in cells]
+        named = bool(asked) and all(name in header for name in asked)
+        self._header = line if named or not any(map(_is_number, cells)) else 0
+        if self._header:
+            del rows[0]
+        names = header if self._header else None
+        selection = select(names, self.width, wanted)
+        self.labels = [repr(n) for n in header] if names else [str(i) for i in range(self.width)]
+        self.chosen, self.features = selection.features, len(selection.features)
+        self.names = tuple(header[i] for i in self.chosen) if names else None
+        kept = {header[i] if names else f"column_{i}": str(i) for i in selection.keys}
+        self.kept, self.key_types = kept, dict.fromkeys(kept, self._pa.string())
+        self.rows: int | None = None if rows else 0
+        for line, cells in rows:
+            self._check(line, cells)
+        self.dtype = np.dtype(np.float64)
+        values = [cells[i] for _, cells in rows for i in self.chosen]
+        if all(map(_is_integer, values)) and self._all_integers():
+            self.dtype = np.dtype(np.int64)
+
+    def count(self) -> int:
+        if self.rows is None:
+            with guarded(self.path, ".csv"):
+                self.rows = sum(batch.num_rows for batch in self._batches(None))
+        return self.rows
+
+    def pieces(
+        self, start: int, stop: int | None, first: int, size: int, dtype: Dtype
+    ) -> Iterator[Piece]:
+        names = self.names or tuple(self.labels[i] for i in self.chosen)
+        with guarded(self.path, ".csv"):
+            seen = 0
+            for batch in self._batches(self._pa.from_numpy_dtype(self.dtype)):
+                skipped = max(min(start - seen, batch.num_rows), 0)
+                seen += batch.num_rows
+                if skipped < batch.num_rows:
+                    rows = batch.slice(skipped)
+                    features = [rows.column(str(i)) for i in self.chosen]
+                    keys = {name: rows.column(column) for name, column in self.kept.items()}
+                    yield Piece(matrix(features, names, rows.num_rows, dtype), keys)
+            self.rows = seen
+
+    def _all_integers(self) -> bool:
+        """Whether the whole file holds integers: one pass, which also counts its rows."""
+        if self.rows == 0:
+            return True
+        count, some_missing = 0, False
+        try:
+            for batch in self._batches(self._pa.int64(), diagnose=False):
+                count += batch.num_rows
+                some_missing |= any(batch.column(str(i)).null_count for i in self.chosen)
+        except self._pa.ArrowInvalid:  # which the pass that reads floats will tell
+            return False
+        self.rows = count
+        return not some_missing
+
+    def _batches(self, kind: Any, diagnose: bool = True) -> Iterator[Any]:
+        """Batches of the chosen columns as ``kind``, and of the keys; None: to count rows."""
+        if self.rows == 0:
+            return
+        from pyarrow import csv as pc
+
+        numbers = [str(i) for i in self.chosen] if kind is not None else []
+        texts = list(self.kept.values()) if kind is not None else [str(self.chosen[0])]
+        string = self._pa.string()
+        try:
+            yield from pc.open_csv(
+                self.name,
+                pc.ReadOptions(
+                    column_names=[str(i) for i in range(self.width)], skip_rows=self._header
+                ),
+                pc.ParseOptions(newlines_in_values=True),
+                pc.ConvertOptions(
+                    column_types={**dict.fromkeys(numbers, kind), **dict.fromkeys(texts, string)},
+                    include_columns=list(dict.fromkeys(numbers + texts)),
+                    null_values=_MISSING,
+                    strings_can_be_null=False,
+                ),
+            )
+        except self._pa.ArrowInvalid:
+            if diagnose:
+                for line, cells in self._lines():
+                    if line > self._header:
+                        self._check(line, cells)
+            raise
+
+    def _lines(self) -> Iterator[tuple[int, list[str]]]:
+        with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+            lines = csv.reader(text)
+            for cells in lines:
+                if cells:
+                    yield lines.line_num, cells
+
+    def _check(self, line: int, cells: list[str]) -> None:
+        if len(cells) != self.width:
+            raise WrongError(f"line {line}: expected {self.width} cells, found {len(cells)}")
+        for i in self.chosen:
+            if not (_is_number(cells[i]) or cells[i].strip() in _MISSING):
+                raise WrongError(
+                    f"line {line}, column {self.labels[i]}: expected a number, "
+                    f"found {cells[i][:40]!r}"
+                )
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return "_" not in cell and cell.isascii()
+
+
+def _is_integer(cell: str) -> bool:
+    return cell.strip().lstrip("-").isdecimal()

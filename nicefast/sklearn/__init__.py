@@ -1,0 +1,21 @@
+"""NICE flows as scikit-learn estimators, for Pipeline, GridSearchCV and clone. Needs scikit-learn.
+
+density      NICEDensity: beside KernelDensity and GaussianMixture
+classifier   NICEClassifier: Bayes' rule over one density for each class
+columns      integer columns and their noise, constant columns and their names
+fitted       fitted densities of raw rows, to safetensors bytes and back
+"""
+
+from __future__ import annotations
+
+try:
+    from sklearn.utils.validation import validate_data  # noqa: F401  (of 1.6)
+except ImportError:
+    raise ImportError(
+        "nicefast.sklearn needs scikit-learn 1.6 or later: pip install 'nicefast[train]'"
+    ) from None
+
+from .classifier import NICEClassifier
+from .density import NICEDensity
+
+__all__ = ["NICEClassifier", "NICEDensity"]

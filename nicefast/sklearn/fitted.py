@@ -1,0 +1,208 @@
+"""Fitted densities of rows on the raw scale, and their bytes.
+
+Rows are float64 NumPy arrays (N, D) on the scale of ``x + u`` in integer columns; log-densities
+are float64 (N,), in nats.
+"""
+
+from __future__ import annotations
+
+import operator
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..baselines import Gaussian
+from ..checkpoint import load, save
+from ..data import Dataset
+from ..evaluation import SCORING_ROWS, precision
+from ..flow import NICE
+from ..preprocessing import Preprocessing
+from ..training import Epoch, History, Recipe, fit, initialise
+from .columns import Array, Columns, with_noise
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+LEAST_SPLIT = 20  # rows: with fewer, the training rows are those of validation
+
+
+class RawDensity(Protocol):
+    """Anything with a log-density of raw rows."""
+
+    def log_prob(self, rows: Array) -> Array: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class FittedFlow:
+    """A flow and the way from raw rows to what it sees."""
+
+    model: NICE
+    columns: Columns
+
+    @torch.no_grad()
+    def log_prob(self, rows: Array) -> Array:
+        scale = self.model.scaling.log_scale
+        found = np.empty(len(rows))
+        with precision("float32", scale.device):
+            for start in range(0, len(rows), SCORING_ROWS):
+                part = slice(start, start + SCORING_ROWS)
+                x, log_det = self.columns.exact(torch.from_numpy(rows[part]))
+                scores = self.model.log_prob(x.to(scale.device, scale.dtype))
+                found[part] = (scores.double().cpu() + log_det).numpy()
+        return found
+
+    def sample(self, n: int, seed: int) -> Array:
+        generator = torch.Generator().manual_seed(seed)
+        x = self.model.sample(n, batch_size=SCORING_ROWS, generator=generator)
+        rows: Array = self.columns.inverse(x.double().cpu()).numpy()
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and the bytes of two safetensors files."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("model", "preprocessing")]
+            save(self.model, files[0])
+            self.columns.save(files[1])
+            contents = [file.read_bytes() for file in files]
+        noisy = list(self.columns.noisy)
+        return {"model": contents[0], "preprocessing": contents[1], "noisy": noisy}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device | str | None) -> FittedFlow:
+        """What :meth:`state` gave; on the CPU where ``device`` is a GPU and there is none."""
+        if torch.device(device or "cpu").type == "cuda" and not torch.cuda.is_available():
+            device = "cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("model", "preprocessing"):
+                Path(folder, name).write_bytes(state[name])
+            model = load(Path(folder, "model"), device)
+            steps = Preprocessing.load(Path(folder, "preprocessing")).steps
+        return cls(model, Columns(steps, tuple(state["noisy"])))
+
+
+@dataclass(frozen=True)
+class FittedGaussian:
+    """A normal density in float64."""
+
+    gaussian: Gaussian
+
+    @classmethod
+    def fit(cls, rows: Array, ridge: Array) -> FittedGaussian:
+        """Mean and covariance by maximum likelihood, ``ridge`` (D,) added to the variances.
+
+        ValueError where the covariance is singular all the same.
+        """
+        mean = rows.mean(0)
+        centred = rows - mean
+        covariance = torch.from_numpy(centred.T @ centred / len(rows) + np.diag(ridge))
+        scale, failed = torch.linalg.cholesky_ex(covariance)
+        diagonal = scale.diagonal() ** 2  # what is left of a variance, given those before it
+        if failed or bool((diagonal <= _LEAST * covariance.diagonal()).any()):
+            raise ValueError(
+                f"the covariance of {len(rows)} rows of {len(mean)} features is singular"
+            )
+        return cls(Gaussian(torch.from_numpy(mean), scale))
+
+    def log_prob(self, rows: Array) -> Array:
+        found: Array = self.gaussian.log_prob(torch.from_numpy(rows)).numpy()
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.gaussian.mean.numpy(), "scale": self.gaussian.scale.numpy()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> FittedGaussian:
+        return cls(Gaussian(*(torch.tensor(state[n]) for n in ("mean", "scale"))))
+
+
+def fit_flow(
+    rows: Array,
+    noisy: Sequence[int] | Array,
+    options: dict[str, Any],
+    seed: int,
+    name: str = "NICE",
+) -> tuple[FittedFlow, History]:
+    """Fit a flow to raw rows (N, D), N and D at least 2, no column constant but noisy ones.
+
+    Args:
+        rows: float64, integers in the columns ``noisy``.
+        noisy: columns that get fresh noise in every epoch.
+        options: the estimators' hyperparameters, by name.
+        seed: of everything random.
+        name: what is being fitted, for the lines that ``verbose`` prints.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter that is not what it should be, by its name.
+        FloatingPointError: the likelihood ceased to be finite.
+    """
+    options = {key: _plain(value) for key, value in options.items()}
+    share, dtype = options["validation_fraction"], options["dtype"]
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, got {share!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    recipe = Recipe(
+        **{key: options[key] for key in ("epochs", "patience", "batch_size", "lr", "weight_decay")},
+        averaging=0.995,
+        validation_draws=1,
+    )
+    model = _model(rows.shape[1], options, seed)
+    columns = Columns((), tuple(int(c) for c in noisy))
+    if options["standardise"]:
+        columns = Columns.standardising(rows, noisy)
+    whole = torch.from_numpy(rows)
+    initialise(model, "data", columns.forward(whole, seed)[0])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    held = max(1, round(share * len(rows))) if share and len(rows) >= LEAST_SPLIT else 0
+    held = min(held, len(rows) - 1)
+    train, validation = whole[order[held:]], whole[order[:held]] if held else whole
+    data = Dataset(name, None, train, validation, whole[:0])
+    report = _printer(name) if options["verbose"] else None
+    history = fit(model, data, columns, recipe, seed=seed, progress=report)
+    return FittedFlow(model.to(DTYPES[dtype]).eval(), columns), history
+
+
+def mean_log_prob(
+    density: Callable[[Array], Array], rows: Array, noisy: Sequence[int] | Array, draws: int
+) -> Array:
+    """Mean over noise draws of ``density`` of rows with noise; one draw where none is needed."""
+    draws = _plain(draws)
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"noise_draws must be an integer >= 1, got {draws!r}")
+    draws = draws if len(noisy) else 1
+    total = density(with_noise(rows, noisy))
+    for draw in range(1, draws):
+        total = total + density(with_noise(rows, noisy, draw))
+    return total / draws
+
+
+def _model(features: int, options: dict[str, Any], seed: int) -> NICE:
+    names = ("couplings", "prior", "partition", "activation", "dropout")
+    hidden = tuple(operator.index(width) for width in options["hidden"])
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = NICE(features, hidden=hidden, **{n: options[n] for n in names})
+    return model.to(options["device"] or "cpu")
+
+
+def _printer(name: str) -> Callable[[Epoch], None]:
+    def report(epoch: Epoch) -> None:
+        print(
+            f"[{name}] epoch {epoch.epoch}: train {epoch.train:.4f}, "
+            f"validation {epoch.validation:.4f} nats, {epoch.seconds:.1f} s"
+        )
+
+    return report
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number, as a search over np.arange gives it, as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+_LEAST = 16 * float(np.finfo(np.float64).eps)
