@@ -386,7 +386,7 @@ def test_the_table_says_what_was_measured(tmp_path, monkeypatch):
     )
     args = ["--quick", "--seeds", "2", "--data-dir", str(tmp_path / "data")]
     assert tabular.main([*args, "--out", str(tmp_path)]) == 0
-    records = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    records = [json.loads(text) for text in (tmp_path / "results.ndjson").read_text().splitlines()]
     assert {r["task"] for r in records} == {"density", "anomalies", "classification"}
     assert {r["data"] for r in records} == {"digits", "shuttle"}
     text = (tmp_path / "table.md").read_text()
