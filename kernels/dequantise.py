@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import is_dense, on_device
+from .sampling import random_words
 from .tile import ceil_div, tile
 
 
@@ -27,12 +28,7 @@ def words(
     QUADS: tl.constexpr,
 ):
     """Random words [ROWS, 4 * QUADS], uint32, of rows o_n and features 4 o_q .. 4 o_q + 3."""
-    i_row = o_n + tl.zeros((ROWS, QUADS), dtype=tl.int64)
-    i_low = i_row.to(tl.uint32)
-    i_high = (i_row >> 32).to(tl.uint32)
-    i_quad = (o_q + tl.zeros((ROWS, QUADS), dtype=tl.int32)).to(tl.uint32)
-    i_word = tl.zeros((ROWS, QUADS), dtype=tl.uint32)
-    b_0, b_1, b_2, b_3 = tl.philox(seed, i_low, i_high, i_quad, i_word)
+    b_0, b_1, b_2, b_3 = random_words(o_n, o_q, seed, 0, ROWS, QUADS)
     b_w = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))  # [ROWS, QUADS, 2, 2]: 0 1 2 3
     return tl.reshape(b_w, (ROWS, QUADS * 4))
 

@@ -21,6 +21,24 @@ from .tile import ceil_div, reduction_programs, tile
 
 
 @triton.jit
+def random_words(
+    o_n,  # [ROWS, 1]
+    o_q,  # [1, QUADS]
+    seed,
+    word,  # which of the counter's words is the last
+    ROWS: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    """Four random words, uint32 [ROWS, QUADS] each, of rows o_n and features 4 o_q .. 4 o_q + 3."""
+    i_row = o_n + tl.zeros((ROWS, QUADS), dtype=tl.int64)
+    i_low = i_row.to(tl.uint32)
+    i_high = (i_row >> 32).to(tl.uint32)
+    i_quad = (o_q + tl.zeros((ROWS, QUADS), dtype=tl.int32)).to(tl.uint32)
+    i_word = tl.zeros((ROWS, QUADS), dtype=tl.uint32) + word
+    return tl.philox(seed, i_low, i_high, i_quad, i_word)
+
+
+@triton.jit
 def noise(
     o_n,  # [ROWS, 1]
     o_q,  # [1, QUADS]
@@ -31,14 +49,9 @@ def noise(
     QUADS: tl.constexpr,
 ):
     """Standard noise [ROWS, 4 * QUADS] of rows o_n and features 4 o_q .. 4 o_q + 3."""
-    i_row = o_n + tl.zeros((ROWS, QUADS), dtype=tl.int64)
-    i_low = i_row.to(tl.uint32)
-    i_high = (i_row >> 32).to(tl.uint32)
-    i_quad = (o_q + tl.zeros((ROWS, QUADS), dtype=tl.int32)).to(tl.uint32)
-    i_word = tl.zeros((ROWS, QUADS), dtype=tl.uint32)
-    b_0, b_1, b_2, b_3 = tl.philox(seed, i_low, i_high, i_quad, i_word)
+    b_0, b_1, b_2, b_3 = random_words(o_n, o_q, seed, 0, ROWS, QUADS)
     if ACC == tl.float64:
-        b_4, b_5, b_6, b_7 = tl.philox(seed, i_low, i_high, i_quad, i_word + 1)
+        b_4, b_5, b_6, b_7 = random_words(o_n, o_q, seed, 1, ROWS, QUADS)
     else:
         b_4, b_5, b_6, b_7 = b_0, b_1, b_2, b_3  # unused
     if PRIOR == "logistic":

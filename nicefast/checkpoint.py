@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ._version import __version__
+from . import tensorfile
 from .flow import NICE
 from .layers import AdditiveCoupling
 from .partition import Partition
@@ -35,7 +33,6 @@ def save(model: NICE, path: str | os.PathLike[str]) -> None:
     ...     nf.load(folder + "/flow.safetensors").features
     4
     """
-    from_torch, _ = _safetensors()
     if not isinstance(model, NICE):
         raise TypeError(f"model must be a nicefast.NICE, got {type(model).__name__}")
     if _structure(model) != _structure(_build(model.configuration)):
@@ -43,20 +40,11 @@ def save(model: NICE, path: str | os.PathLike[str]) -> None:
             "model cannot be saved: its layers are not those of its configuration "
             "(was a conditioner replaced?); save its state_dict() instead"
         )
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     metadata = {
-        "format": FORMAT,
-        "nicefast_version": __version__,
         "dtype": str(model.scaling.log_scale.dtype).removeprefix("torch."),
         "configuration": json.dumps(model.configuration),
     }
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        from_torch.save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensorfile.write(path, model.state_dict(), FORMAT, metadata)
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> NICE:
@@ -69,21 +57,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
 
     See :func:`save` for an example.
     """
-    from_torch, (open_file, error) = _safetensors()
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        with open_file(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} is no nicefast flow: its metadata give the format as "
-                f"{metadata.get('format')!r}, expected {FORMAT!r}"
-            )
-        tensors = from_torch.load_file(path, device=str(device or "cpu"))
-    except error as problem:
-        raise ValueError(f"{path} is truncated or no safetensors file: {problem}") from None
+    tensors, metadata = tensorfile.read(path, FORMAT, "nicefast flow", device)
     try:
         model = _build(json.loads(metadata["configuration"]))
         wrong = [k for k, v in tensors.items() if not v.dtype.is_floating_point]
@@ -113,14 +87,3 @@ def _structure(model: NICE) -> list[Any]:
     modules = [m for m in modules if m[1] is not AdditiveCoupling]  # shows a partition's name
     modules += [c.partition for c in model.couplings]
     return modules + [(name, p.shape) for name, p in model.state_dict().items()]
-
-
-def _safetensors() -> tuple[Any, tuple[Any, type[Exception]]]:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(
-            "saving and loading need safetensors: pip install 'nicefast[train]'"
-        ) from None
-    return safetensors.torch, (safetensors.safe_open, safetensors.SafetensorError)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .preprocessing import Preprocessing
 from .ranks import Ranks
+from .reference import at_least_float32
 
 SCORING_ROWS = 8192
 MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}
@@ -150,11 +151,26 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def device_of(model: Density) -> torch.device:
-    """Where the model's parameters are; the CPU for a baseline."""
-    return next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
+def device_of(model: Density | nn.Module) -> torch.device:
+    """Where a module's parameters are; the CPU for what has none, such as a baseline."""
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            return parameter.device
+    return torch.device("cpu")
 
 
-def dtype_of(model: Density) -> torch.dtype:
-    """Of the model's parameters; float32 for a baseline, which converts for itself."""
-    return next(model.parameters()).dtype if isinstance(model, nn.Module) else torch.float32
+def dtype_of(model: Density | nn.Module) -> torch.dtype:
+    """What rows are given to the model in: its parameters' dtype, float32 at least."""
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            return at_least_float32(parameter.dtype)
+    return torch.float32
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name; ValueError where it cannot be used here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .evaluation import Density
 
 METHODS = ("paper", "adam")
 RELEASED_STEPS = (
@@ -23,12 +25,6 @@ ADAM_RATE = 0.02  # of the box's width; falls to zero on a cosine
 BETAS, EPS = (0.9, 0.99), 1e-8
 
 Transform = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
-
-
-class Density(Protocol):
-    """Anything with a log-density of rows x (N, \\*event_shape), in nats."""
-
-    def log_prob(self, x: Tensor, /) -> Tensor: ...
 
 
 class Inpainted(NamedTuple):

@@ -21,7 +21,7 @@ from ._version import __version__
 from .baselines import Gaussian
 from .checkpoint import load, save
 from .data import Dataset
-from .evaluation import Density, Evaluation, evaluate, row_scores
+from .evaluation import Density, Evaluation, evaluate, row_scores, usable_device
 from .flow import NICE
 from .preprocessing import Preprocessing
 from .ranks import Ranks
@@ -237,15 +237,6 @@ def _baselines(x: Tensor) -> tuple[dict[str, Gaussian], list[str]]:
         except ValueError as error:
             notes.append(f"no {name}: {error}")
     return fitted, notes
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name; ValueError where it cannot be used here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used here: {reason}") from None
 
 
 def _result(run: Run) -> dict[str, Any]:

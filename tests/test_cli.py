@@ -208,7 +208,7 @@ MISTAKES = {
     "key": (["digits", "--set", "recipe.clap=1"], "'recipe.clap' is no key"),
     "value": (["digits", "--set", "recipe.clip=-1"], "clip must be non-negative and finite"),
     "config": (["--config", "no/such.toml"], "no/such.toml cannot be read"),
-    "device": (["digits", "--device", "abacus"], "--device 'abacus'"),
+    "device": (["digits", "--device", "abacus"], "device 'abacus' cannot be used here"),
 }
 
 

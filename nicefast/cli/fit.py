@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import Dataset, inventory, load_data
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, usable_device
 from ..ranks import process_group
-from ..runs import Run, carry_out, run_folder, usable_device, write_run
+from ..runs import Run, carry_out, run_folder, write_run
 from ..training import PRESETS, Configuration
 from .common import app, console, one_line_errors
 from .progress import Silent, watched

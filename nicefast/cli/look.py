@@ -82,8 +82,7 @@ def inpaint_command(
         data = _data(run, data_dir)
         _check_images(run, data.event_shape)
         hidden = masks(data.event_shape[-2], data.event_shape[-1], seed)
-        chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))
-        raw = data.test[chosen[: len(hidden)]]
+        raw = _test_rows(data, len(hidden), seed)
         first, rest = preprocessing.split()
         x, _ = first.forward(raw, seed)
         low, high = first.bounds()
@@ -142,8 +141,7 @@ def interpolate_command(
         model, steps = finished(run, device)
         data = _data(run, data_dir)
         _check_images(run, data.event_shape)
-        chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))
-        ends = steps.forward(data.test[chosen[: 2 * pairs]], seed)[0].to(device)
+        ends = steps.forward(_test_rows(data, 2 * pairs, seed), seed)[0].to(device)
         with torch.no_grad():
             between = plots.interpolate(model, ends[0::2], ends[1::2], length)
         shown = _shown(between.flatten(0, 1), steps, data.levels)
@@ -183,6 +181,12 @@ def density_command(
 
 def _data(run: Path, data_dir: Path | None) -> Dataset:
     return load_data(Configuration.of_file(run / CONFIG).data, data_dir)
+
+
+def _test_rows(data: Dataset, count: int, seed: int) -> Tensor:
+    """So many rows of the test set, at random."""
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))
+    return data.test[order[:count]]
 
 
 def _check_images(run: Path, event_shape: tuple[int, ...]) -> None:

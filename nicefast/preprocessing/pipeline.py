@@ -11,16 +11,14 @@ import inspect
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._version import __version__
+from .. import tensorfile
 from .moments import FIT_ROWS, Rows, wide
 from .transforms import Dequantise, Logit, Rescale, Standardise, Step, constant
 from .whitening import Whiten
@@ -218,20 +216,8 @@ class Preprocessing:
         ...     Preprocessing.load(folder + "/preprocessing.safetensors").describe()
         'rescale: [0, 10] to [0, 1]'
         """
-        from_torch, _ = _safetensors()
-        metadata = {
-            "format": FORMAT,
-            "nicefast_version": __version__,
-            "configuration": json.dumps(self.configuration),
-        }
-        tensors = {k: t.detach().cpu().contiguous().clone() for k, t in self.tensors.items()}
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            from_torch.save_file(tensors, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        metadata = {"configuration": json.dumps(self.configuration)}
+        tensorfile.write(path, self.tensors, FORMAT, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preprocessing:
@@ -240,22 +226,9 @@ class Preprocessing:
         FileNotFoundError where there is no file; ValueError, with the path, where it is truncated,
         damaged or something else; ImportError where safetensors is not installed.
         """
-        from_torch, (open_file, error) = _safetensors()
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-        try:
-            with open_file(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is no preprocessing: its metadata give the format as "
-                    f"{metadata.get('format')!r}, expected {FORMAT!r}"
-                )
-            # cloned: fresh memory is aligned, and products of aligned memory repeat bit for bit
-            tensors = {k: t.clone() for k, t in from_torch.load_file(path).items()}
-        except error as problem:
-            raise ValueError(f"{path} is truncated or no safetensors file: {problem}") from None
+        found, metadata = tensorfile.read(path, FORMAT, "preprocessing")
+        # cloned: fresh memory is aligned, and products of aligned memory repeat bit for bit
+        tensors = {k: t.clone() for k, t in found.items()}
         try:
             return cls.from_parts(json.loads(metadata["configuration"]), tensors)
         except (KeyError, TypeError, ValueError) as problem:
@@ -335,14 +308,3 @@ def _check_raw(raw: Tensor) -> None:
         raise TypeError(f"rows must be a torch.Tensor, got {type(raw).__name__}")
     if raw.ndim < 2 or raw.shape[1:].numel() < 1:
         raise ValueError(f"rows must have shape (N, *event_shape), got {tuple(raw.shape)}")
-
-
-def _safetensors() -> tuple[Any, tuple[Any, type[Exception]]]:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(
-            "saving and loading preprocessing need safetensors: pip install 'nicefast[train]'"
-        ) from None
-    return safetensors.torch, (safetensors.safe_open, safetensors.SafetensorError)

@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation import Density
+from ..evaluation import Density, device_of
 from ..preprocessing import Preprocessing
 from ..ranks import Ranks
 from .engine import Engine, Sink
 from .formats import SINKS
 from .job import Job, Span, count_rows, versions
 from .journal import LISTED
-from .models import default_batch, device_of, digest, evaluating, event_shape, resolve, where
+from .models import default_batch, digest, evaluating, event_shape, resolve, where
 from .outputs import OUTPUTS, Scorer
 from .sinks import ArraySink
 

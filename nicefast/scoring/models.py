@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load
-from ..evaluation import Density
+from ..evaluation import Density, device_of, dtype_of, usable_device
 from ..preprocessing import Preprocessing
-from ..reference import at_least_float32
 
 BUDGET = {"cpu": 64 << 20, "cuda": 2 << 30}  # bytes of a batch's tensors
 MOST_ROWS = 1 << 16
@@ -59,30 +58,10 @@ def resolve(
     if getattr(model, "context", 0):
         raise ValueError("model takes a context, and the rows of a table have none")
     if device is not None:
-        try:
-            wanted = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
+        wanted = usable_device(device)
         if isinstance(model, nn.Module) and device_of(model) != wanted:
             model = copy.deepcopy(model).to(wanted)
     return model, preprocessing
-
-
-def device_of(model: Any) -> torch.device:
-    """Where a module's parameters are; the CPU for all that has none."""
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
-
-
-def dtype_of(model: Density) -> torch.dtype:
-    """What rows are given to the model in: its parameters' dtype, float32 at least."""
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return at_least_float32(parameter.dtype)
-    return torch.float32
 
 
 def event_shape(model: Density) -> tuple[int, ...] | None:

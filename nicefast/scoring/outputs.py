@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..evaluation import Density
+from ..evaluation import Density, dtype_of
 from ..preprocessing import Preprocessing
 from ..preprocessing.moments import wide
-from .models import dtype_of, event_shape
+from .models import event_shape
 from .sinks import Layout
 
 OUTPUTS = ("log_prob", "bits_per_dim", "z", "terms", "gradient", "percentile")
