@@ -39,17 +39,48 @@ def test_mlp_without_hidden_layers_is_linear():
 def test_dropout_drops_hidden_units_in_training_alone():
     mlp = nf.MLP(3, (64, 64), 2, dropout=0.5)
     x = torch.randn(7, 3)
+    seen: list[torch.Tensor] = []
+    for linear in list(mlp.linears)[1:]:
+        linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     torch.manual_seed(0)
     dropped = mlp(x)
+    h = torch.relu(mlp.linears[0](x))
+    first = (seen[0] != 0) | (h == 0)
+    assert 0.3 < first.float().mean() < 0.95
+    assert torch.equal(seen[0], h * first * 2)
     torch.manual_seed(0)
-    h = nn.functional.dropout(torch.relu(mlp.linears[0](x)), 0.5)
-    h = nn.functional.dropout(torch.relu(mlp.linears[1](h)), 0.5)
-    assert torch.equal(dropped, mlp.linears[2](h))
+    assert torch.equal(dropped, mlp(x))
     mlp.eval()
     plain = nf.MLP(3, (64, 64), 2)
     plain.load_state_dict(mlp.state_dict())
     assert torch.equal(mlp(x), plain(x))
     assert "dropout=0.5" in repr(mlp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_keeps_the_mean_and_gives_the_gradient_to_what_it_kept(p, dtype):
+    mlp = nf.MLP(1, (100_003,), 1, dropout=p).to(dtype)  # no multiple of four
+    nn.init.ones_(mlp.linears[0].bias)
+    nn.init.zeros_(mlp.linears[0].weight)
+    seen: list[torch.Tensor] = []
+    mlp.linears[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    mlp(torch.zeros(2, 1, dtype=dtype))
+    (h,) = seen
+    kept = h != 0
+    spread = (p * (1 - p) / h.numel()) ** 0.5
+    assert abs(kept.double().mean() - (1 - p)) < 5 * spread + 2**-16
+    exact = 2**16 / max(1, round((1 - p) * 2**16))
+    assert torch.equal(h[kept].unique(), torch.tensor([exact], dtype=dtype))
+    (gradient,) = torch.autograd.grad(h.sum(), mlp.linears[0].bias)
+    assert torch.allclose(gradient, kept.sum(0).to(dtype) * torch.tensor(exact, dtype=dtype))
+
+
+def test_dropout_under_transformations():
+    mlp = nf.MLP(3, (64,), 2, dropout=0.5)
+    each = torch.func.vmap(mlp, randomness="different")(torch.ones(5, 3))
+    assert len(each.unique(dim=0)) == 5
+    torch.compile(mlp, fullgraph=True, backend="aot_eager")(torch.ones(5, 3))
 
 
 @pytest.mark.parametrize("dropout", [1.0, -0.1, True])
