@@ -4,6 +4,7 @@ from . import functional, priors, reference
 from ._version import __version__
 from .backend import get_backend, set_backend
 from .checkpoint import load, save
+from .compat import accelerate, convert, restore
 from .flow import NICE
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition
@@ -17,12 +18,15 @@ __all__ = [
     "Partition",
     "Scaling",
     "__version__",
+    "accelerate",
     "choose_path",
+    "convert",
     "functional",
     "get_backend",
     "load",
     "priors",
     "reference",
+    "restore",
     "save",
     "score",
     "set_backend",

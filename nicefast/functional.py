@@ -63,9 +63,9 @@ def additive_coupling(
     tensor([[0., 1., 0., 2.]])
     """
     x, shift = _check_coupling(x, shift, partition, bias)
-    dtype = torch.promote_types(x.dtype, shift.dtype)
-    if bias is not None:
-        dtype = torch.promote_types(dtype, bias.dtype)
+    dtype = x.dtype
+    for t in (shift,) if bias is None else (shift, bias):
+        dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     f = partition.locate(x.device)
     y = autograd.AdditiveCoupling.apply(
         _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse

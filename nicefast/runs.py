@@ -201,7 +201,8 @@ def write_run(folder: Path, run: Run) -> list[str]:
         samples = samples.floor().clamp(0, data.levels - 1) / (data.levels - 1)
         real = real / (data.levels - 1)
     plots.plot_samples(real, samples, folder / "samples.png", data.name)
-    plots.plot_learning_curve(run.history, run.validation, folder / "learning_curve.png", data.name)
+    others = {name: score for name, score in run.validation.items() if name != "NICE"}
+    plots.plot_learning_curve(run.history, others, folder / "learning_curve.png", data.name)
     shape = data.event_shape if plots.is_image(data.event_shape) else None
     plots.plot_spectrum(run.model.scaling.log_scale.detach(), folder / "spectrum.png", shape)
 

@@ -613,8 +613,8 @@ def test_a_source_that_changes_is_noticed(flow, tmp_path):
 def test_default_batch_and_digest(flow):
     assert default_batch(nf.NICE(2, hidden=(4,)), 2, False) == 65536
     wide = nf.NICE(784, hidden=(1000,) * 5)
-    assert default_batch(wide, 784, False) == 1024
-    assert default_batch(wide, 784, True) < 1024
+    assert default_batch(wide, 784, False) == 4096
+    assert default_batch(wide, 784, True) < 4096
     assert digest(flow) == digest(flow)
     assert digest(flow) != digest(make(D, activation="tanh"))
     assert digest(Gaussian.full(torch.from_numpy(rows()))) is not None
@@ -663,9 +663,9 @@ def run(code, *arguments, **environment):
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     peaks = []
-    for i, count in enumerate((30_000, 300_000)):
+    for i, count in enumerate((70_000, 700_000)):
         source = tmp_path / f"x{i}.npy"
-        np.lib.format.open_memmap(source, "w+", np.float32, (count, 64))  # 77 MB of holes
+        np.lib.format.open_memmap(source, "w+", np.float32, (count, 64))  # 179 MB of holes
         process = run(MEMORY, source, tmp_path / f"y{i}.npy")
         said, errors = process.communicate()
         assert process.returncode == 0, errors

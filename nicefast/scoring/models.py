@@ -19,7 +19,7 @@ from ..checkpoint import load
 from ..evaluation import Density, device_of, dtype_of, usable_device
 from ..preprocessing import Preprocessing
 
-BUDGET = {"cpu": 64 << 20, "cuda": 2 << 30}  # bytes of a batch's tensors
+BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}  # bytes of a batch's tensors
 MOST_ROWS = 1 << 16
 
 
@@ -93,13 +93,13 @@ def evaluating(model: Density) -> Iterator[None]:
 def default_batch(model: Density, features: int, gradient: bool) -> int:
     """Rows to compute together: a power of two, from 1 to 65536.
 
-    As many as fit into an eighth of the free memory, and into 64 MiB on the CPU, 2 GiB on a GPU:
+    As many as fit into an eighth of the free memory, and into 256 MiB on the CPU, 2 GiB on a GPU:
     8 numbers for each feature and 4 for each unit of the widest hidden layer; with the gradient
     with respect to x, 2 for each unit of all layers.
 
     >>> import nicefast as nf
     >>> default_batch(nf.NICE(64, hidden=(256,) * 3), 64, gradient=False)
-    8192
+    32768
     """
     hidden = getattr(model, "configuration", {}).get("hidden", [features])
     layers = [w for own in hidden for w in (own if isinstance(own, list) else [own])]

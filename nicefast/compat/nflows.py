@@ -1,0 +1,128 @@
+"""nflows: its `AdditiveCouplingTransform`, fast, with the same arguments, parameters and results;
+nicefast's coupling and scaling as its Transforms, the logistic prior as a Distribution of it."""
+
+from __future__ import annotations
+
+import torch
+from nflows.distributions.base import Distribution
+from nflows.transforms import coupling as theirs
+from nflows.transforms.base import Transform
+from nflows.utils import torchutils
+from torch import Tensor, nn
+
+from .. import layers
+from ..partition import Partition
+from ..priors import Logistic as _Logistic
+from ..reference import prior_log_prob
+from .coupling import couple, is_traced, kept_partition, zero_log_det
+
+
+class AdditiveCouplingTransform(theirs.AdditiveCouplingTransform):  # type: ignore[misc]
+    """:class:`nflows.transforms.AdditiveCouplingTransform`, its features moved in one pass.
+
+    ``mask > 0`` is shifted, ``mask <= 0`` conditions; inputs (N, D) or (N, C, H, W), split along
+    dimension 1; ``(inputs, context=None) -> (outputs, logabsdet (N,))``, also of ``inverse``.
+
+    >>> import torch
+    >>> from nicefast.compat.nflows import AdditiveCouplingTransform
+    >>> layer = AdditiveCouplingTransform([0, 1], lambda i, o: lambda x, context: 2 * x)
+    >>> layer(torch.tensor([[1.0, 5.0]]))[0]
+    tensor([[1., 7.]])
+    """
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._both(inputs, context, False)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._both(inputs, context, True)
+
+    def _both(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        fits = inputs.dim() in (2, 4) and inputs.shape[1] == self.features
+        if not fits or is_traced() or self.unconditional_transform is not None:
+            call = super().inverse if inverse else super().forward  # or its own error
+            return call(inputs, context)
+        event = tuple(inputs.shape[1:])
+        partition = kept_partition(self, self.transform_features, event, lambda: self._split(event))
+        return (
+            couple(
+                inputs,
+                partition,
+                lambda x1: self.transform_net(x1, context),
+                (self.num_identity_features, *event[1:]),
+                inverse,
+            ),
+            zero_log_det(inputs),
+        )
+
+    def _split(self, event: tuple[int, ...]) -> Partition:
+        mask = torch.ones(self.features, dtype=torch.bool)
+        mask[self.transform_features.cpu()] = False
+        return Partition.from_mask(mask.view(-1, *(1,) * (len(event) - 1)).expand(event).flatten())
+
+
+def recognise(module: nn.Module) -> type[nn.Module] | str:
+    """The class that is to take a coupling's place, or why none does."""
+    if not isinstance(module, theirs.AdditiveCouplingTransform):
+        return "not additive"
+    if type(module) is not theirs.AdditiveCouplingTransform:
+        return "a subclass, whose overrides would be lost"
+    if module.unconditional_transform is not None:
+        return "its conditioning features have a transform of their own"
+    if not module.num_identity_features or not module.num_transform_features:
+        return "one side of its mask is empty"
+    return AdditiveCouplingTransform
+
+
+class AdditiveCoupling(layers.AdditiveCoupling, Transform):  # type: ignore[misc]
+    """:class:`nicefast.AdditiveCoupling` as an nflows Transform.
+
+    >>> import torch, nicefast as nf
+    >>> from nflows.transforms import CompositeTransform
+    >>> from nicefast.compat.nflows import AdditiveCoupling, Scaling
+    >>> layer = AdditiveCoupling(nf.Partition.half(4), nf.MLP(2, (8,), 2))
+    >>> CompositeTransform([layer, Scaling(4)])(torch.randn(3, 4))[1].shape
+    torch.Size([3])
+    """
+
+
+class Scaling(layers.Scaling, Transform):  # type: ignore[misc]
+    """:class:`nicefast.Scaling` as an nflows Transform, see :class:`AdditiveCoupling`."""
+
+
+class Logistic(Distribution):  # type: ignore[misc]
+    """The standard logistic prior over events of ``shape``, as an nflows Distribution.
+
+    ``log p(z) = sum_d -softplus(z_d) - softplus(-z_d)``, in nats; samples are never infinite. A
+    context is ignored but for its size and device, as nflows' StandardNormal does.
+
+    >>> import torch
+    >>> from nicefast.compat.nflows import Logistic
+    >>> Logistic((2,)).log_prob(torch.zeros(3, 2))
+    tensor([-2.7726, -2.7726, -2.7726])
+    """
+
+    def __init__(self, shape: tuple[int, ...] | torch.Size) -> None:
+        super().__init__()
+        self._shape = torch.Size(shape)
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        if inputs.shape[1:] != self._shape:
+            raise ValueError(
+                f"inputs must have shape (N, {', '.join(map(str, self._shape))}), "
+                f"got {tuple(inputs.shape)}"
+            )
+        return prior_log_prob(inputs, "logistic").flatten(1).sum(1)
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        like = self._like if context is None else self._like.to(context.device)
+        rows = num_samples * (1 if context is None else len(context))
+        drawn = _Logistic(like, torch.ones_like(like)).sample((rows, *self._shape))
+        if context is None:
+            return drawn
+        return torchutils.split_leading_dim(drawn, [len(context), num_samples])  # type: ignore[no-any-return]
+
+    def _mean(self, context: Tensor | None) -> Tensor:
+        if context is None:
+            return self._like.new_zeros(self._shape)
+        return context.new_zeros(len(context), *self._shape)

@@ -1,0 +1,208 @@
+"""normflows: its `AffineCouplingBlock` with scale=False and `MaskedAffineFlow` with s=None, fast;
+nicefast's coupling, scaling and logistic prior as its classes. A Flow's forward is latent -> data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from normflows.distributions import BaseDistribution
+from normflows.flows import reshape
+from normflows.flows.affine import coupling as theirs
+from normflows.flows.base import Flow
+from torch import Tensor, nn
+
+from .. import functional as F  # noqa: N812
+from .. import layers
+from ..partition import Partition
+from ..path import is_watched
+from ..priors import Logistic as _Logistic
+from ..reference import prior_log_prob
+from .coupling import couple, is_traced, kept_partition, zero_log_det
+
+
+class AffineCouplingBlock(theirs.AffineCouplingBlock):  # type: ignore[misc]
+    """:class:`normflows.flows.AffineCouplingBlock` with ``scale=False``, its features moved in one
+    pass: z (N, C, ...) split along dimension 1 or as a checkerboard.
+
+    >>> import torch
+    >>> from nicefast.compat.normflows import AffineCouplingBlock
+    >>> layer = AffineCouplingBlock(torch.nn.Linear(2, 2), scale=False)
+    >>> z = torch.randn(3, 4)
+    >>> torch.allclose(layer.inverse(layer(z)[0])[0], z, atol=1e-6)
+    True
+    """
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._both(z, False)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._both(z, True)
+
+    def _both(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        split, coupling = self.flows[0], self.flows[1]
+        found = None if is_traced() or coupling.scale else _split(split.mode, tuple(z.shape[1:]))
+        if found is None:
+            call = super().inverse if inverse else super().forward  # or its own error
+            return call(z)
+        partition, shape = found
+        # theirs too hands a view to the conditioner
+        y = couple(z, partition, coupling.param_map, shape, inverse, view=True)
+        return y, zero_log_det(z)
+
+
+@functools.lru_cache(maxsize=256)
+def _split(mode: str, event: tuple[int, ...]) -> tuple[Partition, tuple[int, ...]] | None:
+    """The partition of rows of shape ``event`` by a split of normflows, and the shape of z1; None
+    where the library has an error, or one side is empty."""
+    if not event:
+        return None
+    if mode in ("channel", "channel_inv"):
+        first = -(-event[0] // 2)
+        if first == event[0]:
+            return None
+        inverted = mode == "channel_inv"
+        conditions = (torch.arange(event[0]) < first) != inverted
+        sides = event[0] - first if inverted else first
+        mask = conditions.view(-1, *(1,) * (len(event) - 1)).expand(event)
+        return Partition.from_mask(mask.flatten()), (sides, *event[1:])
+    if mode not in ("checkerboard", "checkerboard_inv") or event[-1] % 2:
+        return None
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in event), indexing="ij"))
+    conditions = places.sum(0) % 2 == (0 if mode == "checkerboard_inv" else 1)
+    return Partition.from_mask(conditions.flatten()), (*event[:-1], event[-1] // 2)
+
+
+class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
+    """:class:`normflows.flows.MaskedAffineFlow` with ``s=None``, its features moved in one pass.
+
+    b = 1 conditions; the full-width ``t`` sees ``b * z``. A shift that is not finite gives NaN, as
+    theirs; features with b = 1 always stay as they are.
+
+    >>> import torch
+    >>> from nicefast.compat.normflows import MaskedAffineFlow
+    >>> layer = MaskedAffineFlow(torch.tensor([1.0, 0.0]), torch.nn.Linear(2, 2))
+    >>> z = torch.randn(3, 2)
+    >>> torch.equal(layer(z)[0][:, 0], z[:, 0])
+    True
+    """
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._both(z, False)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._both(z, True)
+
+    def _both(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if is_traced() or why_not_masked(self) is not None or z.shape[1:] != self.b.shape[1:]:
+            call = super().inverse if inverse else super().forward
+            return call(z)
+        event = tuple(z.shape[1:])
+        b = self.b
+        partition = kept_partition(
+            self, b, event, lambda: Partition.from_mask((b != 0).flatten().cpu())
+        )
+        trans = self.t(b * z).reshape(len(z), partition.features)
+        shift = F.split_features(trans, ~partition)[1]
+        shift = shift.nan_to_num(torch.nan, torch.nan, torch.nan)
+        rows = z.reshape(len(z), partition.features)
+        y = F.additive_coupling(rows, shift, partition, inverse).view(z.shape)
+        return y, zero_log_det(z)
+
+
+def why_not_masked(module: theirs.MaskedAffineFlow) -> str | None:
+    """Why a masked flow is not additive, if it is not."""
+    if module.__dict__.get("s") is not torch.zeros_like:
+        return "not additive: s is given"
+    if not isinstance(module._modules.get("t"), nn.Module):
+        return "t is no module"
+    return None
+
+
+def recognise(module: Any) -> type[nn.Module] | str:
+    """The class that is to take a coupling's place, or why none does."""
+    kind = type(module)
+    if kind is theirs.AffineCouplingBlock:
+        return _block(module.flows) or AffineCouplingBlock
+    if kind is theirs.AffineCoupling:
+        if module.scale:
+            return "not additive: it scales"
+        return "nothing to gain: its halves come and go apart"
+    if kind is theirs.MaskedAffineFlow:
+        b = module.b
+        binary = bool(((b == 0) | (b == 1)).all())
+        if not binary or not 0 < int(b.sum()) < b.numel():
+            return "its mask b is not of zeros and ones, both"
+        return why_not_masked(module) or MaskedAffineFlow
+    return "a subclass, whose overrides would be lost"
+
+
+def _block(flows: Sequence[Any]) -> str | None:
+    """Why a block is more than a split, an additive coupling and a merge, if it is."""
+    kinds = [type(flow) for flow in flows]
+    if kinds != [reshape.Split, theirs.AffineCoupling, reshape.Merge]:
+        return f"its parts are {', '.join(kind.__name__ for kind in kinds)}"
+    if flows[1].scale:
+        return "not additive: it scales"
+    if flows[0].mode != flows[2].mode:
+        return f"it splits by {flows[0].mode} and merges by {flows[2].mode}"
+    if any(is_watched(flow) or "inverse" in flow.__dict__ for flow in flows):
+        return "a part of it has hooks, or a forward of its own"
+    return None
+
+
+class AdditiveCoupling(layers.AdditiveCoupling, Flow):  # type: ignore[misc]
+    """:class:`nicefast.AdditiveCoupling` as a normflows Flow: its forward is latent -> data, which
+    subtracts the shift, and its inverse data -> latent.
+
+    >>> import normflows, torch, nicefast as nf
+    >>> from nicefast.compat.normflows import AdditiveCoupling, Logistic, Scaling
+    >>> layers = [Scaling(4), AdditiveCoupling(nf.Partition.half(4), nf.MLP(2, (8,), 2))]
+    >>> normflows.NormalizingFlow(Logistic(4), layers).log_prob(torch.randn(3, 4)).shape
+    torch.Size([3])
+    """
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return layers.AdditiveCoupling.inverse(self, z, context)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return layers.AdditiveCoupling.forward(self, x, context)
+
+
+class Scaling(layers.Scaling, Flow):  # type: ignore[misc]
+    """:class:`nicefast.Scaling` as a normflows Flow, see :class:`AdditiveCoupling`."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return layers.Scaling.inverse(self, z, context)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return layers.Scaling.forward(self, x, context)
+
+
+class Logistic(BaseDistribution):  # type: ignore[misc]
+    """The standard logistic prior over events of ``shape``, as a base of normflows.
+
+    ``log p(z) = sum_d -softplus(z_d) - softplus(-z_d)``, in nats; samples are never infinite.
+
+    >>> import torch
+    >>> from nicefast.compat.normflows import Logistic
+    >>> z, log_prob = Logistic(2)(5)
+    >>> z.shape, torch.allclose(Logistic(2).log_prob(z), log_prob)
+    (torch.Size([5, 2]), True)
+    """
+
+    def __init__(self, shape: int | Sequence[int]) -> None:
+        super().__init__()
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
+
+    def forward(self, num_samples: int = 1, context: None = None) -> tuple[Tensor, Tensor]:
+        prior = _Logistic(self._like, torch.ones_like(self._like))
+        z = prior.sample((num_samples, *self.shape))
+        return z, self.log_prob(z)
+
+    def log_prob(self, z: Tensor, context: None = None) -> Tensor:
+        return prior_log_prob(z, "logistic").flatten(1).sum(1)

@@ -1,0 +1,82 @@
+"""What the readers of all libraries share: parts are known by the names of their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import MLP
+from ..path import is_watched
+from .replacing import PEERS
+from .steps import Affine, Base, Coupling, Step, spread
+
+UNKNOWN = (
+    "is no additive coupling, permutation or element-wise map that is known "
+    "(subclasses of them and modules with hooks are not)"
+)
+Event = tuple[int, ...]
+Reader = Callable[[Any, str, Event], list[Step]]
+
+
+def refused(part: object, where: str, why: str) -> ValueError:
+    return ValueError(f"flow cannot be converted: {where}, a {type(part).__name__}, {why}")
+
+
+def kind_of(part: object, peer: str) -> str:
+    """The name of a class of that library, or of one of nicefast's for it; "" for any other, and
+    for what does more than its class."""
+    if isinstance(part, nn.Module) and is_watched(part):
+        return ""
+    home = type(part).__module__
+    own = home == f"{__package__}.{PEERS[peer].module}"
+    return type(part).__name__ if own or home.partition(".")[0] == peer else ""
+
+
+def each(read: Reader, parts: Iterable[Any], where: str, event: Event) -> list[Step]:
+    found: list[Step] = []
+    for i, part in enumerate(parts):
+        found += read(part, f"{where}.{i}", event)
+    return found
+
+
+def checked_base(part: object, where: str, prior: str | None, known: Base | None) -> Base:
+    if prior is not None:
+        raise ValueError(f"prior must be None for a flow with a base of its own, got {prior!r}")
+    if known is None:
+        raise refused(part, where, "is neither a normal nor a logistic base with fixed loc, scale")
+    return known
+
+
+def standard_base(kind: str, event: Event) -> Base:
+    zero = torch.zeros(torch.Size(event).numel(), dtype=torch.float64, device="cpu")
+    return Base(kind, zero, zero + 1)
+
+
+def others(conditioning: Tensor, event: Event) -> Tensor:
+    """All other slots, ascending."""
+    mask = torch.ones(torch.Size(event).numel(), dtype=torch.bool, device="cpu")
+    mask[conditioning.flatten()] = False
+    return mask.nonzero().flatten()
+
+
+def native_steps(part: Any, peer: str, event: Event) -> list[Step] | None:
+    """nicefast's own coupling or scaling, as a class of that library, data -> latent."""
+    kind = kind_of(part, peer)
+    if kind == "Scaling" and hasattr(part, "log_scale"):
+        scale = spread(part.log_scale.double().exp().view(event), event)
+        return [Affine(scale, torch.zeros_like(scale))]
+    if kind != "AdditiveCoupling" or not hasattr(part, "partition"):
+        return None
+    conditioning, shifted = (getattr(part.partition, k).cpu() for k in ("conditioning", "shifted"))
+    net = part.conditioner
+    known = context_of(net)
+    return [Coupling(conditioning, shifted, net, (len(conditioning),), context=known)]
+
+
+def context_of(net: Any) -> int:
+    """The context features of a conditioner that says them."""
+    found = net.context if isinstance(net, MLP) else getattr(net, "context_features", None)
+    return found if isinstance(found, int) else 0

@@ -1,0 +1,146 @@
+"""zuko: its `GeneralCouplingTransform` of `AdditiveTransform`, fast, with the same parameters and
+results; nicefast's coupling, scaling and logistic prior as its lazy classes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, Transform
+from zuko.flows import coupling as theirs
+from zuko.lazy import LazyTransform, UnconditionalDistribution
+from zuko.transforms import AdditiveTransform, CouplingTransform
+from zuko.utils import broadcast
+
+from .. import functional as F  # noqa: N812
+from ..partition import Partition
+from ..priors import Logistic as _Logistic
+from .coupling import is_traced, kept_partition, split
+from .distributions import CouplingTransform as _CouplingTransform
+from .distributions import ScalingTransform as _ScalingTransform
+
+
+class _Coupling(CouplingTransform):  # type: ignore[misc]
+    """One coupling under one context: ``y_b = x_b + hyper([x_a; c])``, rows of any batch shape."""
+
+    def __init__(self, hyper: nn.Module, partition: Partition, context: Tensor | None) -> None:
+        Transform.__init__(self)  # theirs would look for the mask's indices in every call
+        self.hyper, self.partition, self.context = hyper, partition, context
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._shifted(x, False)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._shifted(y, True)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self._call(x)
+        return y, self.log_abs_det_jacobian(x, y)
+
+    def _shifted(self, x: Tensor, inverse: bool) -> Tensor:
+        rows, x1 = split(x, self.partition)
+        if self.context is not None:
+            x1 = torch.cat(broadcast(x1, self.context, ignore=1), dim=-1)
+        shift = self.hyper(x1)
+        return F.additive_coupling(rows, shift, self.partition, inverse)
+
+
+class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore[misc]
+    """:class:`zuko.flows.coupling.GeneralCouplingTransform` of ``AdditiveTransform``, its features
+    moved in one pass.
+
+    Called with a context c (..., K) or None it gives a transform from data to latent; mask True
+    conditions.
+
+    >>> import torch
+    >>> from zuko.transforms import AdditiveTransform
+    >>> from nicefast.compat.zuko import GeneralCouplingTransform
+    >>> layer = GeneralCouplingTransform(3, univariate=AdditiveTransform, shapes=[()])
+    >>> x = torch.randn(5, 3)
+    >>> torch.allclose(layer().inv(layer()(x)), x, atol=1e-6)
+    True
+    """
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        if is_traced() or why_not(self) is not None:
+            return super().forward(c)
+        mask = self.mask
+        partition = kept_partition(
+            self, mask, tuple(mask.shape), lambda: Partition.from_mask(mask.cpu())
+        )
+        return _Coupling(self.hyper, partition, c)
+
+
+def why_not(module: theirs.GeneralCouplingTransform) -> str | None:
+    """Why a coupling is not additive, if it is not."""
+    if module.univariate is not AdditiveTransform:
+        name = getattr(module.univariate, "__name__", type(module.univariate).__name__)
+        return f"not additive: its univariate transform is {name}"
+    if [math.prod(shape) for shape in module.shapes] != [1]:
+        return f"its parameters have the shapes {list(module.shapes)}, not one number each"
+    return None
+
+
+def recognise(module: nn.Module) -> type[nn.Module] | str:
+    """The class that is to take a coupling's place, or why none does."""
+    if type(module) is not theirs.GeneralCouplingTransform:
+        return "a subclass, whose overrides would be lost"
+    return why_not(module) or GeneralCouplingTransform
+
+
+class AdditiveCoupling(LazyTransform):  # type: ignore[misc]
+    """Additive coupling from data to latent as a lazy transform of zuko; the conditioner is called
+    as ``m(x1)``, or ``m(x1, c)`` under a context c (..., K).
+
+    >>> import torch, zuko, nicefast as nf
+    >>> from nicefast.compat.zuko import AdditiveCoupling, Logistic, Scaling
+    >>> layer = AdditiveCoupling(nf.Partition.half(4), nf.MLP(2, (8,), 2))
+    >>> zuko.lazy.Flow([layer, Scaling(4)], Logistic(4))().log_prob(torch.randn(3, 4)).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, partition: Partition, conditioner: nn.Module) -> None:
+        super().__init__()
+        self.partition, self.conditioner = partition, conditioner
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return _CouplingTransform(self.partition, self.conditioner, c).inv
+
+
+class Scaling(LazyTransform):  # type: ignore[misc]
+    """Diagonal scaling ``z = exp(log_scale) h`` as a lazy transform of zuko; a context is ignored.
+
+    See :class:`AdditiveCoupling`. ValueError for features < 1.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        if not isinstance(features, int) or features < 1:
+            raise ValueError(f"features must be an integer >= 1, got {features!r}")
+        self.log_scale = nn.Parameter(torch.zeros(features))
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return _ScalingTransform(self.log_scale).inv
+
+
+class Logistic(UnconditionalDistribution):  # type: ignore[misc]
+    """The standard logistic prior over ``features`` features, as the base of a zuko Flow.
+
+    ``log p(z) = sum_d -softplus(z_d) - softplus(-z_d)``, in nats; samples are never infinite.
+
+    >>> import torch
+    >>> from nicefast.compat.zuko import Logistic
+    >>> Logistic(2)().log_prob(torch.zeros(3, 2))
+    tensor([-2.7726, -2.7726, -2.7726])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(_rows, torch.zeros(features), torch.ones(features), buffer=True)
+
+
+def _rows(loc: Tensor, scale: Tensor) -> Independent:
+    return Independent(_Logistic(loc, scale), 1)
