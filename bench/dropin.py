@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     shapes: Sequence[Shape], rounds: int, seconds: float, device: torch.device
 ) -> Iterator[Row]:
-    """RuntimeError where a flow gives other densities after it was accelerated."""
+    """An error where a flow gives other densities after it was accelerated."""
     FLOAT32.prepare()
     for shape in shapes:
         weights = make_weights(shape)
