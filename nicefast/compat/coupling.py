@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,23 @@ from torch import Tensor, nn
 from .. import functional as F  # noqa: N812
 from ..partition import Partition
 
+T = TypeVar("T")
 KEPT = "_nicefast_partition"  # in the module's __dict__: what a partition was made of, and it
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a tracer looks on: it is shown the peer's own code, and fuses that."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    """Whether the peer's own code is to be seen: by a compiler or a tracer, which fuses it, or by
+    forward-mode differentiation, which our operations do not have."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def kept_partition(
-    module: nn.Module, buffer: Tensor, shape: tuple[int, ...], make: Callable[[], Partition]
-) -> Partition:
+    module: nn.Module, buffer: Tensor, shape: tuple[int, ...], make: Callable[[], T]
+) -> T:
     """The partition of rows of ``shape`` that ``buffer`` says, made anew when the buffer changes.
 
     A buffer that moves to another device or dtype is another tensor; one that a checkpoint is
@@ -32,7 +38,7 @@ def kept_partition(
     if known is not None:
         of, at, rows, partition = known
         if of is buffer and at == version and rows == shape:
-            return cast("Partition", partition)
+            return cast("T", partition)
     partition = make()
     module.__dict__[KEPT] = (buffer, version, shape, partition)
     return partition

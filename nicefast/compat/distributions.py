@@ -72,7 +72,8 @@ class CouplingTransform(Transform):
 class ScalingTransform(Transform):
     """Diagonal scaling from latent to data: ``x = exp(-log_scale) z``, log |det| = -sum(log_scale).
 
-    ``.inv`` is nicefast's forward. Shapes (..., D); the event has one dimension.
+    ``.inv`` is nicefast's forward. Shapes (..., D); the event has one dimension. ValueError where
+    it is not of the D features of ``log_scale``.
 
     >>> import torch
     >>> from nicefast.compat.distributions import ScalingTransform
@@ -96,10 +97,19 @@ class ScalingTransform(Transform):
         return self if cache_size == self._cache_size else type(self)(self.log_scale, cache_size)
 
     def _call(self, z: Tensor) -> Tensor:
-        return z * torch.exp(-self.log_scale)
+        return self._checked("z", z) * torch.exp(-self.log_scale)
 
     def _inverse(self, x: Tensor) -> Tensor:
-        return x * torch.exp(self.log_scale)
+        return self._checked("x", x) * torch.exp(self.log_scale)
+
+    def _checked(self, name: str, values: Tensor) -> Tensor:
+        if values.shape[-1:] != self.log_scale.shape:  # broadcast, its log |det| would be another
+            raise ValueError(
+                f"{name} must have shape (..., {len(self.log_scale)}), one value for each of "
+                f"log_scale, got {tuple(values.shape)}"
+            )
+        return values
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        self._checked("x", x)
         return (-self.log_scale.sum()).expand(x.shape[:-1])

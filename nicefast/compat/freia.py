@@ -4,14 +4,13 @@ is the torch Distribution :class:`nicefast.priors.Logistic`'s."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from FrEIA.modules import InvertibleModule
 from FrEIA.modules import coupling_layers as theirs
 from torch import Tensor, nn
 
-from .. import functional as F  # noqa: N812
 from .. import layers
 from ..partition import Partition
 from .coupling import is_traced
@@ -36,22 +35,30 @@ class NICECouplingBlock(theirs.NICECouplingBlock):  # type: ignore[misc]
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], float]:
         given = x[0]
-        if is_traced() or F.records(given, *c, *self.parameters()):
+        # out= has neither gradients nor batching rules
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if is_traced() or transformed or torch.is_grad_enabled():
             return super().forward(x, c, rev, jac)  # type: ignore[no-any-return]
         y = torch.empty_like(given, memory_format=torch.contiguous_format)
         sizes = [self.split_len1, self.split_len2]
-        (x1, x2), (y1, y2) = given.split(sizes, 1), y.split(sizes, 1)
+        (x1, x2), (out1, out2) = given.split(sizes, 1), y.split(sizes, 1)
         if rev:
-            torch.sub(x2, self._shift(self.G, x1, c), out=y2)
-            torch.sub(x1, self._shift(self.F, y2, c), out=y1)
+            y2 = _into(out2, torch.sub, x2, self._shift(self.G, x1, c))
+            y1 = _into(out1, torch.sub, x1, self._shift(self.F, y2, c))
         else:
-            torch.add(x1, self._shift(self.F, x2, c), out=y1)
-            torch.add(x2, self._shift(self.G, y1, c), out=y2)
-        return (y,), 0.0
+            y1 = _into(out1, torch.add, x1, self._shift(self.F, x2, c))
+            y2 = _into(out2, torch.add, x2, self._shift(self.G, y1, c))
+        return (y if y1 is out1 and y2 is out2 else torch.cat((y1, y2), 1),), 0.0
 
     def _shift(self, net: nn.Module, features: Tensor, c: Sequence[Tensor]) -> Tensor:
         shift: Tensor = net(torch.cat([features, *c], 1) if self.conditional else features)
         return shift
+
+
+def _into(out: Tensor, call: Callable[..., Tensor], x: Tensor, shift: Tensor) -> Tensor:
+    """``call(x, shift)``, written into ``out`` where it fits: same shape, no wider dtype."""
+    narrow = shift.dtype == x.dtype or torch.promote_types(x.dtype, shift.dtype) == x.dtype
+    return call(x, shift, out=out) if narrow and shift.shape == x.shape else call(x, shift)
 
 
 def recognise(module: nn.Module) -> type[nn.Module] | str:

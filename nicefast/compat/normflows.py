@@ -97,20 +97,28 @@ class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
         return self._both(z, True)
 
     def _both(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        call = super().inverse if inverse else super().forward
         if is_traced() or why_not_masked(self) is not None or z.shape[1:] != self.b.shape[1:]:
-            call = super().inverse if inverse else super().forward
             return call(z)
-        event = tuple(z.shape[1:])
-        b = self.b
-        partition = kept_partition(
-            self, b, event, lambda: Partition.from_mask((b != 0).flatten().cpu())
-        )
-        trans = self.t(b * z).reshape(len(z), partition.features)
-        shift = F.split_features(trans, ~partition)[1]
+        partition = kept_partition(self, self.b, tuple(z.shape[1:]), lambda: _by_mask(self.b))
+        if partition is None:  # a mask that a checkpoint brought
+            return call(z)
+        masked = self.b * z
+        rows = z.to(masked.dtype).reshape(len(z), partition.features)  # b may be wider, as theirs
+        trans = self.t(masked)
+        trans = trans if trans.shape == z.shape else trans.expand(z.shape)
+        shift = F.split_features(trans.reshape(rows.shape), ~partition)[1]
         shift = shift.nan_to_num(torch.nan, torch.nan, torch.nan)
-        rows = z.reshape(len(z), partition.features)
         y = F.additive_coupling(rows, shift, partition, inverse).view(z.shape)
-        return y, zero_log_det(z)
+        return y, zero_log_det(rows)
+
+
+def _by_mask(b: Tensor) -> Partition | None:
+    """The partition that a mask b says, if it is of zeros and ones, both."""
+    binary = bool(((b == 0) | (b == 1)).all())
+    if not binary or not 0 < int((b != 0).sum()) < b.numel():
+        return None
+    return Partition.from_mask((b != 0).flatten().cpu())
 
 
 def why_not_masked(module: theirs.MaskedAffineFlow) -> str | None:
@@ -132,9 +140,7 @@ def recognise(module: Any) -> type[nn.Module] | str:
             return "not additive: it scales"
         return "nothing to gain: its halves come and go apart"
     if kind is theirs.MaskedAffineFlow:
-        b = module.b
-        binary = bool(((b == 0) | (b == 1)).all())
-        if not binary or not 0 < int(b.sum()) < b.numel():
+        if _by_mask(module.b) is None:
             return "its mask b is not of zeros and ones, both"
         return why_not_masked(module) or MaskedAffineFlow
     return "a subclass, whose overrides would be lost"
