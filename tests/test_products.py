@@ -432,6 +432,6 @@ def test_gradients_of_deep_flows_do_not_drift(activations):
         plain = gradients(model, x)
     for g, p, e in zip(got, plain, exact, strict=True):
         off, allowed = ((t.double() - e).norm() / e.norm() for t in (g, p))
-        # a unit within rounding of relu's kink may fall on its other side: one row's share, at most;
+        # a unit within rounding of relu's kink may fall on its other side: one row's share at most;
         # what drifts is off by a thousand
         assert off <= 2 * allowed + 1 / len(x)
