@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import backend
 from .. import functional as F  # noqa: N812
 from ..partition import Partition
 
@@ -15,13 +18,16 @@ T = TypeVar("T")
 KEPT = "_nicefast_partition"  # in the module's __dict__: what a partition was made of, and it
 
 
-def is_traced() -> bool:
-    """Whether the peer's own code is to be seen: by a compiler or a tracer, which fuses it, or by
-    forward-mode differentiation, which our operations do not have."""
+def is_traced(*given: Tensor) -> bool:
+    """Whether the peer's own code is to be seen: by a compiler or a tracer, which fuses it; by
+    torch.func or forward-mode differentiation, which our operations do not have; or by tensors
+    ``given`` that have no memory, or a class with rules of its own."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or any(t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in given)
     )
 
 
@@ -31,26 +37,60 @@ def kept_partition(
     """The partition of rows of ``shape`` that ``buffer`` says, made anew when the buffer changes.
 
     A buffer that moves to another device or dtype is another tensor; one that a checkpoint is
-    loaded into has another version.
+    loaded into has another version, or, made in inference mode, only other values.
     """
     known = module.__dict__.get(KEPT)
-    version = buffer._version if not buffer.is_inference() else 0
     if known is not None:
         of, at, rows, partition = known
-        if of is buffer and at == version and rows == shape:
-            return cast("T", partition)
+        if of is buffer and rows == shape:
+            now = torch.equal(at, buffer) if buffer.is_inference() else at == buffer._version
+            if now:
+                return cast("T", partition)
     partition = make()
-    module.__dict__[KEPT] = (buffer, version, shape, partition)
+    at = buffer.clone() if buffer.is_inference() else buffer._version
+    module.__dict__[KEPT] = (buffer, at, shape, partition)
     return partition
 
 
-def split(x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(maxsize=256)
+def _indices(partition: Partition, device: torch.device, conditioning: bool) -> Tensor:
+    # real and fit for autograd, whoever asks first
+    with _disable_current_modes(), torch.inference_mode(False):
+        return (partition.conditioning if conditioning else partition.shifted).to(device)
+
+
+def split(x: Tensor, partition: Partition, view: bool = False) -> tuple[Tensor, Tensor]:
     """``(x, x1)`` as :func:`nicefast.functional.split_features`, x1 in memory of its own: a
-    conditioner may write over it."""
-    rows, x1 = F.split_features(x, partition)
-    if x1.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
-        x1 = x1.clone(memory_format=torch.contiguous_format)
-    return rows, x1
+    conditioner may write over it; or, as ``view``, in that of x, where it lies side by side there.
+    """
+    if x.shape[-1:] != (partition.features,) or backend.uses_kernels(x.device):
+        x, x1 = F.split_features(x, partition)  # or its error
+        own = x1.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    else:
+        side = partition.locate(x.device, conditioning=True)
+        own = side.step != 1
+        if own:
+            x1 = x.index_select(-1, _indices(partition, x.device, True))
+        else:
+            x1 = x.narrow(-1, side.start, side.size)
+    return x, x1 if own or view else x1.clone(memory_format=torch.contiguous_format)
+
+
+def shifted(x: Tensor, shift: Tensor, partition: Partition, inverse: bool) -> Tensor:
+    """:func:`nicefast.functional.additive_coupling`, the shift broadcast to x.
+
+    Without kernels one operation of PyTorch: what autograd.Function and an operation of our own
+    cost in Python is more than all that the peers do to a small batch.
+    """
+    wanted = (*x.shape[:-1], partition.locate(x.device).size)
+    shift = shift if shift.shape == wanted else shift.expand(wanted)
+    if backend.uses_kernels(x.device):
+        return F.additive_coupling(x, shift, partition, inverse)
+    if shift.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, shift.dtype)
+        x, shift = x.to(dtype), shift.to(dtype)
+    indices = _indices(partition, x.device, False)
+    return x.contiguous().index_add(-1, indices, shift, alpha=-1 if inverse else 1)
 
 
 def couple(
@@ -66,14 +106,13 @@ def couple(
     The conditioner sees those features as (N, *conditioning_shape), in memory of their own; or, as
     ``view``, in that of x, where they lie side by side.
     """
-    rows = x.reshape(len(x), partition.features)
-    rows, x1 = F.split_features(rows, partition) if view else split(rows, partition)
+    rows, x1 = split(x.reshape(len(x), partition.features), partition, view)
     shift = conditioner(x1.view(len(x), *conditioning_shape))
-    expected = (len(x), partition.features - x1.shape[1])
     # what the sum of the two would broadcast
     wanted = (len(x), *_shifted_shape(x.shape[1:], conditioning_shape))
-    shift = (shift if shift.shape == wanted else shift.expand(wanted)).reshape(expected)
-    return F.additive_coupling(rows, shift, partition, inverse).view(x.shape)
+    shift = shift if shift.shape == wanted else shift.expand(wanted)
+    shift = shift.reshape(len(x), partition.features - x1.shape[1])
+    return shifted(rows, shift, partition, inverse).view(x.shape)
 
 
 def _shifted_shape(event: tuple[int, ...], conditioning: tuple[int, ...]) -> tuple[int, ...]:

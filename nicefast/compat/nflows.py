@@ -21,7 +21,8 @@ class AdditiveCouplingTransform(theirs.AdditiveCouplingTransform):  # type: igno
     """:class:`nflows.transforms.AdditiveCouplingTransform`, its features moved in one pass.
 
     ``mask > 0`` is shifted, ``mask <= 0`` conditions; inputs (N, D) or (N, C, H, W), split along
-    dimension 1; ``(inputs, context=None) -> (outputs, logabsdet (N,))``, also of ``inverse``.
+    dimension 1; ``(inputs, context=None) -> (outputs, logabsdet (N,))``, also of ``inverse``. A
+    conditioner that writes over its input does not change the outputs, as it does in nflows.
 
     >>> import torch
     >>> from nicefast.compat.nflows import AdditiveCouplingTransform
@@ -38,11 +39,13 @@ class AdditiveCouplingTransform(theirs.AdditiveCouplingTransform):  # type: igno
 
     def _both(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         fits = inputs.dim() in (2, 4) and inputs.shape[1] == self.features
-        if not fits or is_traced() or self.unconditional_transform is not None:
-            call = super().inverse if inverse else super().forward  # or its own error
-            return call(inputs, context)
+        call = super().inverse if inverse else super().forward
+        if not fits or is_traced(inputs) or self.unconditional_transform is not None:
+            return call(inputs, context)  # or its own error
         event = tuple(inputs.shape[1:])
         partition = kept_partition(self, self.transform_features, event, lambda: self._split(event))
+        if partition is None:
+            return call(inputs, context)
         return (
             couple(
                 inputs,
@@ -54,9 +57,14 @@ class AdditiveCouplingTransform(theirs.AdditiveCouplingTransform):  # type: igno
             zero_log_det(inputs),
         )
 
-    def _split(self, event: tuple[int, ...]) -> Partition:
-        mask = torch.ones(self.features, dtype=torch.bool)
-        mask[self.transform_features.cpu()] = False
+    def _split(self, event: tuple[int, ...]) -> Partition | None:
+        """None for features in another order, as a checkpoint may bring them, or on one side."""
+        sides = self.identity_features.cpu(), self.transform_features.cpu()
+        mask = torch.ones(self.features, dtype=torch.bool, device="cpu")
+        mask[sides[1]] = False
+        found = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+        if not all(len(a) and torch.equal(a, b) for a, b in zip(sides, found, strict=True)):
+            return None
         return Partition.from_mask(mask.view(-1, *(1,) * (len(event) - 1)).expand(event).flatten())
 
 

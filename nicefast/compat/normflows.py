@@ -15,13 +15,12 @@ from normflows.flows.affine import coupling as theirs
 from normflows.flows.base import Flow
 from torch import Tensor, nn
 
-from .. import functional as F  # noqa: N812
 from .. import layers
 from ..partition import Partition
 from ..path import is_watched
 from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
-from .coupling import couple, is_traced, kept_partition, zero_log_det
+from .coupling import couple, is_traced, kept_partition, shifted, split, zero_log_det
 
 
 class AffineCouplingBlock(theirs.AffineCouplingBlock):  # type: ignore[misc]
@@ -107,9 +106,9 @@ class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
         rows = z.to(masked.dtype).reshape(len(z), partition.features)  # b may be wider, as theirs
         trans = self.t(masked)
         trans = trans if trans.shape == z.shape else trans.expand(z.shape)
-        shift = F.split_features(trans.reshape(rows.shape), ~partition)[1]
+        shift = split(trans.reshape(rows.shape), ~partition)[1]
         shift = shift.nan_to_num(torch.nan, torch.nan, torch.nan)
-        y = F.additive_coupling(rows, shift, partition, inverse).view(z.shape)
+        y = shifted(rows, shift, partition, inverse).view(z.shape)
         return y, zero_log_det(rows)
 
 

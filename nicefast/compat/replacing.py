@@ -162,7 +162,10 @@ def _recognise(part: nn.Module) -> type[nn.Module] | str | None:
     else:
         return None
     peer = PEERS[package]
-    version = importlib.metadata.version(package)
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is not installed as a package, so its version is not known"
     if not _numbers(peer.least) <= _numbers(version) < _numbers(peer.bound):
         return f"{package} {version} is not supported, from {peer.least} to below {peer.bound} is"
     compat = importlib.import_module(f"{__package__}.{peer.module}")
@@ -188,8 +191,11 @@ def _why_left(
     for inner in part.modules():
         if owners[inner] > 1 and any(True for _ in inner.parameters()):
             return f"shared: {places[inner][0]} is in {owners[inner]} couplings"
-    if is_watched(part) or "inverse" in part.__dict__:
+    if is_watched(part):
         return "it has hooks, or a forward of its own"
+    own = [name for name in part.__dict__ if callable(getattr(type(part), name, None))]
+    if own:
+        return f"it has a method of its own: {', '.join(own)}"
     tensors = [*part.parameters(), *part.buffers()]
     devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1:

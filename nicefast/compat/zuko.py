@@ -3,36 +3,41 @@ results; nicefast's coupling, scaling and logistic prior as its lazy classes."""
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Transform
+from zuko import transforms
 from zuko.flows import coupling as theirs
 from zuko.lazy import LazyTransform, UnconditionalDistribution
-from zuko.transforms import AdditiveTransform, CouplingTransform
 from zuko.utils import broadcast
 
-from .. import functional as F  # noqa: N812
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
-from .coupling import is_traced, kept_partition, split
+from .coupling import is_traced, kept_partition, shifted, split
 from .distributions import CouplingTransform as _CouplingTransform
 from .distributions import ScalingTransform as _ScalingTransform
 
+_Sides = tuple[Partition, Tensor, Tensor]
 
-class _Coupling(CouplingTransform):  # type: ignore[misc]
-    """One coupling under one context: ``y_b = x_b + hyper([x_a; c])``, rows of any batch shape."""
 
-    def __init__(self, hyper: nn.Module, partition: Partition, context: Tensor | None) -> None:
+class CouplingTransform(transforms.CouplingTransform):  # type: ignore[misc]
+    """One coupling under one context: ``y_b = x_b + hyper([x_a; c])``, rows of any batch shape.
+
+    ``of`` is the lazy coupling, ``sides`` its partition and the indices that theirs has.
+    """
+
+    def __init__(self, of: theirs.GeneralCouplingTransform, sides: _Sides, c: Tensor | None):
         Transform.__init__(self)  # theirs would look for the mask's indices in every call
-        self.hyper, self.partition, self.context = hyper, partition, context
+        self.hyper, self.context, self.meta = of.hyper, c, partial(of.meta, c)
+        self.partition, self.idx_a, self.idx_b = sides
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._shifted(x, False)
+        return super()._call(x) if is_traced(x) else self._shifted(x, False)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._shifted(y, True)
+        return super()._inverse(y) if is_traced(y) else self._shifted(y, True)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
@@ -45,8 +50,7 @@ class _Coupling(CouplingTransform):  # type: ignore[misc]
         rows, x1 = split(x, self.partition)
         if self.context is not None:
             x1 = torch.cat(broadcast(x1, self.context, ignore=1), dim=-1)
-        shift = self.hyper(x1)
-        return F.additive_coupling(rows, shift, self.partition, inverse)
+        return shifted(rows, self.hyper(x1), self.partition, inverse)
 
 
 class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore[misc]
@@ -54,7 +58,7 @@ class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore
     moved in one pass.
 
     Called with a context c (..., K) or None it gives a transform from data to latent; mask True
-    conditions.
+    conditions. A conditioner that writes over its input does not change y_a, as it does in zuko.
 
     >>> import torch
     >>> from zuko.transforms import AdditiveTransform
@@ -66,22 +70,26 @@ class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore
     """
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        if is_traced() or why_not(self) is not None:
-            return super().forward(c)
         mask = self.mask
-        partition = kept_partition(
-            self, mask, tuple(mask.shape), lambda: Partition.from_mask(mask.cpu())
-        )
-        return _Coupling(self.hyper, partition, c)
+        if is_traced(mask) or why_not(self) is not None:
+            return super().forward(c)
+        sides = kept_partition(self, mask, tuple(mask.shape), lambda: _sides(mask))
+        return CouplingTransform(self, sides, c)
+
+
+@torch.inference_mode(False)  # the indices outlive this call and may meet autograd
+def _sides(mask: Tensor) -> _Sides:
+    indices = mask.nonzero().squeeze(-1), (~mask).nonzero().squeeze(-1)
+    return Partition.from_mask(mask.cpu()), *indices
 
 
 def why_not(module: theirs.GeneralCouplingTransform) -> str | None:
     """Why a coupling is not additive, if it is not."""
-    if module.univariate is not AdditiveTransform:
+    if module.univariate is not transforms.AdditiveTransform:
         name = getattr(module.univariate, "__name__", type(module.univariate).__name__)
         return f"not additive: its univariate transform is {name}"
-    if [math.prod(shape) for shape in module.shapes] != [1]:
-        return f"its parameters have the shapes {list(module.shapes)}, not one number each"
+    if [tuple(shape) for shape in module.shapes] != [()]:
+        return f"its transform has parameters of the shapes {list(module.shapes)}, expected [()]"
     return None
 
 

@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,19 @@ def several_devices(model):
     return "on several devices: cpu, meta", 1
 
 
+def method_of_its_own(model):
+    part = model._transform._transforms[2]
+    part._scale_and_shift = part._scale_and_shift
+    return "it has a method of its own: _scale_and_shift", 1
+
+
+def parametrized(model):
+    part = model._transform._transforms[2]
+    part.own = nn.Parameter(torch.zeros(2))
+    nn.utils.parametrize.register_parametrization(part, "own", nn.Identity())
+    return "a subclass, whose overrides would be lost", 1
+
+
 def with_more(model):
     model._transform._transforms[2].unconditional_transform = nn.Identity()
     return "its conditioning features have a transform of their own", 1
@@ -141,6 +155,8 @@ def with_more(model):
         shared,
         shared_conditioner,
         several_devices,
+        method_of_its_own,
+        parametrized,
         with_more,
     ],
 )
@@ -173,6 +189,96 @@ def test_versions_that_are_not_known_are_left_alone(monkeypatch):
     report = nf.accelerate(flow())
     assert not report.replaced
     assert "nflows 0.13.2 is not supported, from 0.14 to below 0.15 is" in str(report)
+
+
+def test_a_library_without_a_version_is_left_alone(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "nflows is not installed as a package" in nf.accelerate(flow()).left[0].reason
+
+
+def test_nothing_is_half_replaced(monkeypatch):
+    from nicefast.compat import nflows as own
+
+    seen, recognise = [], own.recognise
+
+    def fails_at_the_last(part):
+        seen.append(part)
+        if len(seen) == 3:
+            raise RuntimeError("at the last")
+        return recognise(part)
+
+    model = flow()
+    kinds = [type(part) for part in model.modules()]
+    monkeypatch.setattr(own, "recognise", fails_at_the_last)
+    with pytest.raises(RuntimeError, match="at the last"):
+        nf.accelerate(model)
+    assert [type(part) for part in model.modules()] == kinds
+
+
+def zuko_flow():
+    zuko = pytest.importorskip("zuko", reason="needs zuko")
+    options = {"univariate": zuko.transforms.AdditiveTransform, "shapes": [()]}
+    return zuko.flows.NICE(6, transforms=3, hidden_features=(16,), **options)
+
+
+@pytest.mark.parametrize("make", [flow, zuko_flow])
+def test_an_optimiser_made_before_goes_on(make):
+    log_prob = (lambda m: m.log_prob(X)) if make is flow else (lambda m: m().log_prob(X))
+    first = make()
+    optimizers = {}
+    for when in ("never", "before", "between"):
+        model = copy.deepcopy(first)
+        optimizers[when] = (model, torch.optim.Adam(model.parameters(), lr=0.01))
+    for step in range(6):
+        for when, (model, optimizer) in optimizers.items():
+            if (when, step) in (("before", 0), ("between", 3)):
+                assert len(nf.accelerate(model).replaced) == 3
+            optimizer.zero_grad()
+            (-log_prob(model).mean()).backward()
+            optimizer.step()
+    expected = optimizers["never"][0].state_dict()
+    for model, _ in optimizers.values():
+        assert list(model.state_dict()) == list(expected)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+    made = make()
+    made.load_state_dict(optimizers["before"][0].state_dict())
+    torch.testing.assert_close(log_prob(made), log_prob(optimizers["before"][0]))
+    assert nf.restore(optimizers["before"][0]) == 3
+
+
+@pytest.mark.parametrize("make", [flow, zuko_flow])
+def test_the_operations_that_kernels_serve_give_the_same(make, monkeypatch):
+    """Asked for as on a GPU; here their plain implementations answer."""
+    from nicefast.compat import coupling
+
+    before = make()
+    after = copy.deepcopy(before)
+    nf.accelerate(after)
+    monkeypatch.setattr(coupling, "backend", SimpleNamespace(uses_kernels=lambda device: True))
+    x, results = X.clone().requires_grad_(), []
+    for model in (before, after):
+        log_prob = model.log_prob(x) if make is flow else model().log_prob(x)
+        inputs = [x, *model.parameters()]
+        results.append((log_prob, *torch.autograd.grad(log_prob.sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+def test_hooks_that_come_later_are_served():
+    model = flow()
+    nf.accelerate(model)
+    seen = []
+    part = model._transform._transforms[0]
+    part.register_forward_hook(lambda *_: seen.append("coupling"))
+    part.transform_net.register_forward_hook(lambda *_: seen.append("conditioner"))
+    model.log_prob(X)
+    assert seen == ["conditioner", "coupling"]
+    assert nf.restore(model) == 3
+    model.log_prob(X)
+    assert len(seen) == 4
 
 
 def test_only_modules_are_taken():
