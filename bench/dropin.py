@@ -2,9 +2,10 @@
 
 Flows of nflows, normflows (both of its ways to NICE), FrEIA and zuko, before and after one line,
 the same weights and rows, in turn: seconds of log_prob, sampling and a training step, and the
-operators each asks PyTorch for. Then the glue of the couplings alone, from data to latent: what is
-no product and no activation, as operators and as bytes of the tensors that go into and come out of
-them (nicefast's own operations too count as one each). `--out FILE` writes the tables as well.
+operators each asks PyTorch for. Then the glue of one coupling, from data to latent: what is no
+product and no activation, as operators and as bytes of the tensors that go into and come out of
+them (nicefast's own operations too count as one each); `--counts` gives that alone, in seconds.
+`--out FILE` writes the tables as well.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .providers import (
 from .timing import Call, device_name, interleave, quantile
 
 SHAPES = (
+    Shape(64, (128, 128), 64),
     Shape(8, (64, 64), 16_384),
     Shape(64, (256, 256, 256), 4_096),
     Shape(784, (1000,) * 5, 256),
@@ -120,12 +122,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="at least so long for each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a Markdown file for the tables")
+    parser.add_argument("--counts", action="store_true", help="operators and bytes of the glue")
     options = parser.parse_args(argv)
+    if options.rounds < 1:
+        print("python -m bench dropin: --rounds must be >= 1", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
+    directions = () if options.counts else DIRECTIONS
     rows = []
-    for row in measure(SHAPES, options.rounds, options.seconds, torch.device(options.device)):
+    for row in measure(SHAPES, options.rounds, options.seconds, device, directions):
         rows.append(row)
-        gains = ", ".join(f"{d} {row.gains[d]:.2f}" for d in DIRECTIONS)
-        print(f"{row.library}, {row.shape.title}: {gains} times faster", file=sys.stderr)
+        if directions:
+            gains = ", ".join(f"{d} {row.gains[d]:.2f}" for d in directions)
+            print(f"{row.library}, {row.shape.title}: {gains} times faster", file=sys.stderr)
     text = tables(rows, options.device)
     print(text, end="")
     if options.out is not None:
@@ -135,7 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    shapes: Sequence[Shape], rounds: int, seconds: float, device: torch.device
+    shapes: Sequence[Shape],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> Iterator[Row]:
     """An error where a flow gives other densities after it was accelerated."""
     FLOAT32.prepare()
@@ -152,7 +165,7 @@ def measure(
             _check(library, before, after, x)
             models = {"before": before, "after": after}
             timed, gains, counted = {}, {}, {}
-            for direction in DIRECTIONS:
+            for direction in directions:
                 calls = {k: Call(make_call(m, FLOAT32, direction)) for k, m in models.items()}
                 found = interleave(calls, [x], rounds, seconds)
                 both = (found["before"], found["after"])
@@ -160,11 +173,9 @@ def measure(
                 pairs = zip(both[0].samples, both[1].samples, strict=True)
                 gains[direction] = quantile([b / a for b, a in pairs], 0.5)
                 counted[direction] = tuple(launches(c, x, library) for c in calls.values())
-            names = [name for name, _, _ in report.replaced]
-            glue = tuple(
-                _glue([m.get_submodule(n) for n in names], call, x) for m in models.values()
-            )
-            yield Row(library, shape, timed, gains, counted, glue)
+            name = report.replaced[0].name
+            glued = tuple(glue(m.get_submodule(name), call, x) for m in models.values())
+            yield Row(library, shape, timed, gains, counted, glued)
 
 
 @torch.no_grad()
@@ -179,45 +190,49 @@ def _check(library: str, before: Provider, after: Provider, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def _glue(
-    couplings: Sequence[nn.Module], call: Callable[[Any, Tensor], object], x: Tensor
-) -> tuple[int, int]:
+def glue(coupling: nn.Module, call: Callable[[Any, Tensor], object], x: Tensor) -> tuple[int, int]:
+    """Operators and bytes of all but the products and activations of one coupling."""
+    call(coupling, x)  # its partition is made
     with Glue() as seen:
-        for coupling in couplings:
-            call(coupling, x)
+        call(coupling, x)
     return seen.operators, seen.bytes
 
 
 def tables(rows: Sequence[Row], device: str) -> str:
-    """Markdown."""
+    """Markdown: times, where they were taken, and the glue."""
+    about = f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
+    directions = list(rows[0].seconds)
+    command = "python -m bench dropin" + ("" if directions else " --counts")
     lines = [
         "# One line: nf.accelerate\n",
-        f"Written by `python -m bench dropin`: milliseconds before -> after, and how many times "
-        f"faster (median over rounds in turn); float32, half split, {SHAPES[0].couplings} "
-        f"couplings. {device_name(device)}, torch {torch.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}.\n",
-        "| flow | library | log_prob | sample | training step |",
-        "| --- | --- | ---: | ---: | ---: |",
+        f"Written by `{command}`: float32, half split, {SHAPES[0].couplings} couplings. {about}\n",
     ]
-    for row in rows:
+    if directions:
+        lines += [
+            "Milliseconds before -> after, how many times faster (median over rounds in turn), and "
+            "operators before -> after.\n",
+            f"| flow | library | {' | '.join(directions)} |",
+            f"| --- | --- |{' ---: |' * len(directions)}",
+        ]
+    for row in rows if directions else ():
         cells = []
-        for direction in DIRECTIONS:
+        for direction in directions:
             a, b = (1e3 * s for s in row.seconds[direction])
-            cells.append(f"{a:.3g} -> {b:.3g} (**{row.gains[direction]:.2f}**)")
+            count = "{} -> {}".format(*row.operators[direction])
+            cells.append(f"{a:.3g} -> {b:.3g} (**{row.gains[direction]:.2f}**), {count}")
         lines.append(f"| {row.shape.title} | {row.library} | {' | '.join(cells)} |")
     lines += [
-        "\nOperators a call, before -> after; and the glue of the couplings: operators, and MB "
-        "touched by them.\n",
-        "| flow | library | log_prob | sample | training step | glue operators | glue MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "\nThe glue of one coupling (FrEIA: of a block, which is two), before -> after.\n",
+        "| flow | library | operators | KB a row |",
+        "| --- | --- | ---: | ---: |",
     ]
     for row in rows:
-        cells = ["{} -> {}".format(*row.operators[d]) for d in DIRECTIONS]
         (a, a_bytes), (b, b_bytes) = row.glue
-        cells.append(f"{a} -> {b} ({a / b:.1f} times fewer)")
-        megabytes = f"{a_bytes / 1e6:.1f} -> {b_bytes / 1e6:.1f}"
-        cells.append(f"{megabytes} ({a_bytes / b_bytes:.1f} times fewer)")
-        lines.append(f"| {row.shape.title} | {row.library} | {' | '.join(cells)} |")
+        kilobytes = " -> ".join(f"{n / row.shape.rows / 1e3:.3g}" for n in (a_bytes, b_bytes))
+        lines.append(
+            f"| {row.shape.title} | {row.library} | {a} -> {b} ({a / b:.1f} times fewer) | "
+            f"{kilobytes} ({a_bytes / b_bytes:.1f} times fewer) |"
+        )
     return "\n".join(lines) + "\n"
 
 

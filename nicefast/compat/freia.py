@@ -35,9 +35,7 @@ class NICECouplingBlock(theirs.NICECouplingBlock):  # type: ignore[misc]
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], float]:
         given = x[0]
-        # out= has neither gradients nor batching rules
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if is_traced() or transformed or torch.is_grad_enabled():
+        if is_traced(given) or torch.is_grad_enabled():  # out= has no gradients
             return super().forward(x, c, rev, jac)  # type: ignore[no-any-return]
         y = torch.empty_like(given, memory_format=torch.contiguous_format)
         sizes = [self.split_len1, self.split_len2]

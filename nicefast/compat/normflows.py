@@ -15,12 +15,13 @@ from normflows.flows.affine import coupling as theirs
 from normflows.flows.base import Flow
 from torch import Tensor, nn
 
-from .. import layers
+from .. import backend, layers
 from ..partition import Partition
 from ..path import is_watched
 from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
 from .coupling import couple, is_traced, kept_partition, shifted, split, zero_log_det
+from .parts import Event, normflows_half
 
 
 class AffineCouplingBlock(theirs.AffineCouplingBlock):  # type: ignore[misc]
@@ -42,37 +43,40 @@ class AffineCouplingBlock(theirs.AffineCouplingBlock):  # type: ignore[misc]
         return self._both(z, True)
 
     def _both(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        split, coupling = self.flows[0], self.flows[1]
-        found = None if is_traced() or coupling.scale else _split(split.mode, tuple(z.shape[1:]))
+        mode, coupling = self.flows[0].mode, self.flows[1]
+        found = None if is_traced(z) or coupling.scale else _split(mode, tuple(z.shape[1:]))
         if found is None:
             call = super().inverse if inverse else super().forward  # or its own error
             return call(z)
+        if mode.startswith("channel") and not backend.uses_kernels(z.device):
+            return _beside(z, coupling.param_map, mode, inverse), zero_log_det(z)
         partition, shape = found
         # theirs too hands a view to the conditioner
         y = couple(z, partition, coupling.param_map, shape, inverse, view=True)
         return y, zero_log_det(z)
 
 
+def _beside(z: Tensor, conditioner: nn.Module, mode: str, inverse: bool) -> Tensor:
+    """Of two halves that lie side by side no copy can be saved here, only calls."""
+    first, second = z.chunk(2, dim=1)
+    z1, z2 = (second, first) if mode == "channel_inv" else (first, second)
+    shift = conditioner(z1)
+    y2 = z2 - shift if inverse else z2 + shift
+    return torch.cat((y2, z1) if mode == "channel_inv" else (z1, y2), 1)
+
+
 @functools.lru_cache(maxsize=256)
-def _split(mode: str, event: tuple[int, ...]) -> tuple[Partition, tuple[int, ...]] | None:
+def _split(mode: str, event: Event) -> tuple[Partition, Event] | None:
     """The partition of rows of shape ``event`` by a split of normflows, and the shape of z1; None
     where the library has an error, or one side is empty."""
-    if not event:
+    if mode not in ("channel", "channel_inv", "checkerboard", "checkerboard_inv") or not event:
         return None
-    if mode in ("channel", "channel_inv"):
-        first = -(-event[0] // 2)
-        if first == event[0]:
-            return None
-        inverted = mode == "channel_inv"
-        conditions = (torch.arange(event[0]) < first) != inverted
-        sides = event[0] - first if inverted else first
-        mask = conditions.view(-1, *(1,) * (len(event) - 1)).expand(event)
-        return Partition.from_mask(mask.flatten()), (sides, *event[1:])
-    if mode not in ("checkerboard", "checkerboard_inv") or event[-1] % 2:
+    if event[0] == 1 if mode.startswith("channel") else event[-1] % 2:
         return None
-    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in event), indexing="ij"))
-    conditions = places.sum(0) % 2 == (0 if mode == "checkerboard_inv" else 1)
-    return Partition.from_mask(conditions.flatten()), (*event[:-1], event[-1] // 2)
+    conditioning, shape = normflows_half(mode, event)
+    mask = torch.zeros(torch.Size(event).numel(), dtype=torch.bool, device="cpu")
+    mask[conditioning] = True
+    return Partition.from_mask(mask), shape
 
 
 class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
@@ -97,7 +101,7 @@ class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
 
     def _both(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         call = super().inverse if inverse else super().forward
-        if is_traced() or why_not_masked(self) is not None or z.shape[1:] != self.b.shape[1:]:
+        if is_traced(z) or why_not_masked(self) is not None or z.shape[1:] != self.b.shape[1:]:
             return call(z)
         partition = kept_partition(self, self.b, tuple(z.shape[1:]), lambda: _by_mask(self.b))
         if partition is None:  # a mask that a checkpoint brought

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layers import MLP
 from ..path import is_watched
 from .replacing import PEERS
-from .steps import Affine, Base, Coupling, Step, spread
+from .steps import Affine, Base, Coupling, Step, slots, spread
 
 UNKNOWN = (
     "is no additive coupling, permutation or element-wise map that is known "
@@ -60,6 +60,20 @@ def others(conditioning: Tensor, event: Event) -> Tensor:
     mask = torch.ones(torch.Size(event).numel(), dtype=torch.bool, device="cpu")
     mask[conditioning.flatten()] = False
     return mask.nonzero().flatten()
+
+
+def normflows_half(mode: str, event: Event) -> tuple[Tensor, Event]:
+    """Slots and shape of z1, the conditioning side of normflows' Split."""
+    numbered = slots(event)
+    if mode.startswith("checkerboard"):
+        parity = torch.zeros(event, dtype=torch.int64, device="cpu")
+        for dim, size in enumerate(event):
+            parity = parity + slots((size,)).view(-1, *(1,) * (len(event) - 1 - dim))
+        odd = parity % 2 == (0 if "inv" in mode else 1)
+        return numbered[odd], (*event[:-1], event[-1] // 2)
+    sides = numbered.chunk(2)
+    side = sides[1] if "inv" in mode else sides[0]
+    return side.flatten(), tuple(side.shape)
 
 
 def native_steps(part: Any, peer: str, event: Event) -> list[Step] | None:

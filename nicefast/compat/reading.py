@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .parts import (
     UNKNOWN,
@@ -18,6 +18,7 @@ from .parts import (
     each,
     kind_of,
     native_steps,
+    normflows_half,
     others,
     refused,
     standard_base,
@@ -150,7 +151,7 @@ def _normflows_steps(part: Any, where: str, event: Event) -> list[Step]:
         mode, inner = part.flows[0].mode, part.flows[1]
         if inner.scale:
             raise refused(part, where, "is affine, not additive: it has scale=True")
-        c, shape = _half(mode, event)
+        c, shape = normflows_half(mode, event)
         return [Coupling(c, others(c, event), inner.param_map, shape)]
     if kind == "MaskedAffineFlow":
         if part.s is not torch.zeros_like:
@@ -166,21 +167,6 @@ def _normflows_steps(part: Any, where: str, event: Event) -> list[Step]:
     if native is None:
         raise refused(part, where, UNKNOWN)
     return inverted(native)
-
-
-def _half(mode: str, event: Event) -> tuple[Tensor, Event]:
-    """Slots and shape of z1, the conditioning side of normflows' Split."""
-    numbered = slots(event)
-    if mode.startswith("checkerboard"):
-        parity = torch.zeros(event, dtype=torch.int64, device="cpu")
-        for dim, size in enumerate(event):
-            steps = slots((size,)).view(-1, *(1,) * (len(event) - 1 - dim))
-            parity = parity + steps
-        odd = parity % 2 == (0 if "inv" in mode else 1)
-        return numbered[odd], (*event[:-1], event[-1] // 2)
-    sides = numbered.chunk(2)
-    side = sides[1] if "inv" in mode else sides[0]
-    return side.flatten(), tuple(side.shape)
 
 
 # --- zuko: data -> latent

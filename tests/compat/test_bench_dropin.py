@@ -21,6 +21,16 @@ def test_every_library_is_measured_before_and_after(tmp_path, monkeypatch, capsy
         assert text.count(f"| {library} |") == 2
 
 
+def test_counts_alone(monkeypatch, capsys):
+    monkeypatch.setattr(dropin, "SHAPES", (Shape(6, (8,), 16),))
+    assert main(["dropin", "--counts"]) == 0
+    text = capsys.readouterr().out
+    for library in dropin.LIBRARIES:
+        assert text.count(f"| {library} |") == 1
+    assert main(["dropin", "--rounds", "0"]) == 2
+    assert "--rounds must be >= 1" in capsys.readouterr().err
+
+
 def test_other_densities_after_accelerate_are_an_error(monkeypatch):
     monkeypatch.setattr(dropin, "SHAPES", (Shape(6, (8,), 16),))
     accelerate = dropin.nf.accelerate
