@@ -10,11 +10,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import exact
+from .flow import NICE
 from .preprocessing import Preprocessing
 from .ranks import Ranks
 from .reference import at_least_float32
 
 SCORING_ROWS = 8192
+OBJECTIVES = ("density", "cells")
 MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}
 
 
@@ -22,6 +25,41 @@ class Density(Protocol):
     """Anything with a log-density: a flow or a baseline."""
 
     def log_prob(self, x: Tensor, /) -> Tensor: ...
+
+
+class CellDensity(nn.Module):
+    """The density that is constant within each cell of a flow's grid, and integrates to its
+    :meth:`nicefast.NICE.cell_log_prob`: ``log p(x) = log P(cell) - D log(grid)``.
+
+    Cells are ``[n grid, (n + 1) grid)``, the values that level n is dequantised to: so its mean
+    over the noise is the discrete likelihood of the levels, with no bound in between.
+
+    >>> from nicefast import NICE
+    >>> flow = NICE(2, hidden=(8,), grid=0.25)
+    >>> x = torch.tensor([[0.3, 0.4], [0.26, 0.49]])
+    >>> CellDensity(flow).log_prob(x) == flow.cell_log_prob(x.new_full((2, 2), 0.25)) + math.log(16)
+    tensor([True, True])
+    """
+
+    def __init__(self, model: NICE) -> None:
+        super().__init__()
+        if model.grid is None:
+            raise ValueError("model must have a grid: take model.with_grid(grid)")
+        self.model = model
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        grid = self.model.grid
+        assert grid is not None
+        corner = exact.round_to_grid(x, grid, down=True)
+        return self.model.cell_log_prob(corner) - self.model.features * math.log(grid)
+
+
+def density(model: NICE, objective: str) -> Density:
+    """What an objective of OBJECTIVES maximises: ``"density"`` the flow's, ``"cells"`` that of
+    its grid's cells. ValueError for another one, and for cells without a grid."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    return model if objective == "density" else CellDensity(model)
 
 
 class Evaluation(NamedTuple):

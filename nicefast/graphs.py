@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .layers import Scaling
-from .path import Flow, Path, choose_path, is_watched
+from .layers import Scaling, is_watched
+from .path import Flow, Path, choose_path
 
 METHODS = ("log_prob", "forward", "inverse")
 WARM_UP = 3  # calls before a capture: kernels are compiled, workspaces allocated

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from . import exact
 from . import functional as F  # noqa: N812
 from .ops import check_log_scale
 from .partition import Partition
@@ -80,12 +82,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = cast("list[nn.Linear]", list(self.linears))
         x = x.to(first.weight.dtype)
-        if (context is None) != (self.context == 0):
-            raise ValueError(
-                f"context must have {self.context} features, got none"
-                if context is None
-                else f"context was given ({tuple(context.shape)}) to an MLP without context"
-            )
+        self.check_context(context)
         if context is None:
             h = first(x)
         else:
@@ -101,6 +98,15 @@ class MLP(nn.Module):
                 h = _dropout(h, self.dropout)
             h = linear(h)
         return h
+
+    def check_context(self, context: Tensor | None) -> None:
+        """ValueError for a context that is missing or unexpected."""
+        if (context is None) != (self.context == 0):
+            raise ValueError(
+                f"context must have {self.context} features, got none"
+                if context is None
+                else f"context was given ({tuple(context.shape)}) to an MLP without context"
+            )
 
     @property
     def drops(self) -> bool:
@@ -121,12 +127,19 @@ class AdditiveCoupling(nn.Module):
     a context is given, and returns one value for each shifted feature. It needs no inverse
     (Dinh et al. 2014, section 3.2).
 
+    With a ``grid``, x and the shift are rounded to its multiples (half to even; the gradient goes
+    straight through), so that the inverse is exact, bit for bit. An :class:`MLP` is then computed
+    in arithmetic whose bits depend neither on the batch nor on the machine; of any other
+    conditioner that can't be known, so it sees one row at a time, which is slow.
+
     Args:
         partition: which features condition and which are shifted.
         conditioner: maps (..., C) to (..., S).
+        grid: None, or a positive power of two.
 
     Shapes: ``(x (..., D), context) -> (y (..., D), log_det (...))``. log_det is an expanded zero.
-    Errors as in :func:`nicefast.functional.additive_coupling`.
+    Errors as in :func:`nicefast.functional.additive_coupling`; ValueError for a grid that is no
+    power of two, and where a value leaves +-2^24 grid steps (2^53 in float64).
 
     >>> import torch, nicefast as nf
     >>> p = nf.Partition.half(4)
@@ -136,7 +149,9 @@ class AdditiveCoupling(nn.Module):
     True
     """
 
-    def __init__(self, partition: Partition, conditioner: nn.Module) -> None:
+    def __init__(
+        self, partition: Partition, conditioner: nn.Module, grid: float | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(partition, Partition):
             raise TypeError(
@@ -148,28 +163,56 @@ class AdditiveCoupling(nn.Module):
             )
         self.partition = partition
         self.conditioner = conditioner
+        self.grid = None if grid is None else exact.check_grid(grid)
+        self.label = "coupling"  # in messages
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, x1 = F.split_features(x, self.partition)
-        y = F.additive_coupling(x, self._shift(x1, context), self.partition)
+        y = self._couple(x, context)
         return y, _zero_log_det(y)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, y1 = F.split_features(y, self.partition)
-        x = F.additive_coupling(y, self._shift(y1, context), self.partition, inverse=True)
+        x = self._couple(y, context, inverse=True)
         return x, _zero_log_det(x)
+
+    def _couple(self, x: Tensor, context: Tensor | None, inverse: bool = False) -> Tensor:
+        if self.grid is not None:
+            x = exact.round_to_grid(x.to(at_least_float32(x.dtype)), self.grid)
+        x, x1 = F.split_features(x, self.partition)
+        y = F.additive_coupling(x, self.shift(x1, context), self.partition, inverse)
+        if self.grid is not None:
+            exact.check_range(self.label, y.flatten(0, -2), x.flatten(0, -2), self.grid)
+        return y
 
     @torch.no_grad()
     def inverse_(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """:meth:`inverse` written over ``y``, for inference; records no gradient."""
+        if self.grid is not None:
+            return y.copy_(self._couple(y, context, inverse=True))
         y1 = F.split_features(y, self.partition)[1]
-        return F.additive_coupling_(y, self._shift(y1, context), self.partition, inverse=True)
+        return F.additive_coupling_(y, self.shift(y1, context), self.partition, inverse=True)
 
-    def _shift(self, x1: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(x1) if context is None else self.conditioner(x1, context)
+    def shift(self, x1: Tensor, context: Tensor | None = None) -> Tensor:
+        """``m(x1)`` (..., S) of conditioning features x1 (..., C); on the grid, if there is one."""
+        given = (x1,) if context is None else (x1, context)
+        if self.grid is None:
+            return self.conditioner(*given)
+        rows = [t.reshape(-1, t.shape[-1]) for t in given]
+        layers = plain_layers(self.conditioner)
+        if isinstance(layers, str):
+            each = zip(*(t.split(1) for t in rows), strict=True)
+            one_by_one = [self.conditioner(*row) for row in each]
+            shift = torch.cat(one_by_one) if one_by_one else self.conditioner(*rows)
+        else:
+            mlp = cast("MLP", self.conditioner)
+            mlp.check_context(context)
+            drop = partial(_dropout, p=mlp.dropout) if mlp.drops else None
+            own = exact.layers(layers, mlp.context)
+            shift = exact.mlp(own, mlp.activation, rows[0], *rows[1:], drop=drop)
+        shift = shift.view(*x1.shape[:-1], shift.shape[-1])
+        return exact.round_to_grid(shift.to(x1.dtype), self.grid)
 
     def extra_repr(self) -> str:
-        return repr(self.partition)
+        return repr(self.partition) + ("" if self.grid is None else f", grid={self.grid:g}")
 
 
 class Scaling(nn.Module):
@@ -212,6 +255,37 @@ class Scaling(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.log_scale.shape[0])
+
+
+def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] | str:
+    """(weight, bias) of each linear layer, or why the module can't be computed from them alone."""
+    if type(conditioner) is not MLP:
+        return f"a {type(conditioner).__name__}, whose inside is not known"
+    linears = list(cast("nn.ModuleList", conditioner._modules["linears"])._modules.values())
+    if any(module is None or is_watched(module) for module in (conditioner, *linears)):
+        return "hooks, or a forward of its own"
+    layers = []
+    for linear in linears:
+        parameters = () if linear is None else tuple(linear._parameters.values())
+        if (
+            type(linear) is not nn.Linear
+            or len(parameters) != 2
+            or any(type(p) not in (Tensor, nn.Parameter) for p in parameters)
+        ):
+            return "a layer that is no plain nn.Linear"
+        layers.append(cast("tuple[Tensor, Tensor]", parameters))
+    return layers
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling it does anything but its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _dropout(h: Tensor, p: float) -> Tensor:

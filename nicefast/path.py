@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
-from .layers import MLP, AdditiveCoupling, Scaling
+from .layers import MLP, AdditiveCoupling, Scaling, is_watched, plain_layers
 from .products import Chain, Layers
 from .roofline import DEVICES, ceilings, layers_work
 from .whole import WholeFlow
@@ -28,6 +28,7 @@ from .whole import WholeFlow
 REBUILD_WIDTH = 128  # up to this hidden width the backward pass rebuilds activations
 SERVED = ("cpu", "cuda")
 LAYERS = "layer by layer"
+EXACT = "exact"
 KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -97,6 +98,9 @@ class Flow(Protocol):
     scaling: Scaling
     prior_name: str
 
+    @property
+    def grid(self) -> float | None: ...
+
 
 def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     """The path of rows ``x`` (N, D), with context (N, K) or none, through ``flow``, and why.
@@ -111,6 +115,8 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     >>> nf.choose_path(flow, torch.zeros(1, 4).double()).reason
     'float64 rows'
     """
+    if flow.grid is not None:
+        return Path(EXACT, _why_exact(flow, flow.grid))
     reason = _why_call_needs_layers(x, context)
     if reason is not None:
         return Path(LAYERS, reason)
@@ -155,6 +161,15 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
         return tile
     # whatever the width: the kernel leaves no activations
     return WholeFlow(replace(chain, rebuild=True), shape, tile, x.device)
+
+
+def _why_exact(flow: Flow, grid: float) -> str:
+    """How a flow with a grid is computed: kernels and fused products round as the batch has it."""
+    for i, coupling in enumerate(flow.couplings):
+        layers = plain_layers(coupling._modules.get("conditioner"))
+        if isinstance(layers, str):
+            return f"a grid of {grid:g}; one row at a time, since coupling {i} has {layers}"
+    return f"a grid of {grid:g}; products of integers in float64"
 
 
 def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
@@ -246,36 +261,16 @@ def _read(couplings: Sequence[nn.Module], x: Tensor, context: Tensor | None) -> 
 
 def _layers(coupling: nn.Module) -> Layers | str:
     """The linear layers of a coupling, or why it can't be computed from them alone."""
+    if type(coupling) is not AdditiveCoupling:
+        return f"a {type(coupling).__name__}, whose inside is not known"
     mlp = coupling._modules.get("conditioner")
-    if type(coupling) is not AdditiveCoupling or type(mlp) is not MLP:
-        other = mlp if type(coupling) is AdditiveCoupling else coupling
-        return f"a {type(other).__name__}, whose inside is not known"
-    linears = list(cast("nn.ModuleList", mlp._modules["linears"])._modules.values())
-    if len(linears) < 2:
-        return "no hidden layer"
-    if mlp.drops:
-        return "dropout, in training mode"
-    layers = []
-    if any(module is None or is_watched(module) for module in (coupling, mlp, *linears)):
+    layers = plain_layers(mlp)
+    if isinstance(layers, str):
+        return layers
+    if is_watched(coupling):
         return "hooks, or a forward of its own"
-    for linear in linears:
-        parameters = () if linear is None else tuple(linear._parameters.values())
-        if (
-            type(linear) is not nn.Linear
-            or len(parameters) != 2
-            or any(p is None for p in parameters)
-        ):
-            return "a layer that is no plain nn.Linear"
-        layers.append(parameters)
-    return cast("Layers", tuple(layers))
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether calling it does anything but its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    if len(layers) < 2:
+        return "no hidden layer"
+    if cast("MLP", mlp).drops:
+        return "dropout, in training mode"
+    return tuple(layers)

@@ -146,6 +146,35 @@ def scale_log_prob(
     return (z.to(h.dtype), log_prob) if return_z else log_prob
 
 
+def cell_log_prob(h: Tensor, log_scale: Tensor, grid: float, prior: str = "logistic") -> Tensor:
+    """``sum_d log(F(s_d (h_d + grid/2)) - F(s_d (h_d - grid/2)))``, F the prior's distribution
+    function, ``s = exp(log_scale)``: the log-probability of the grid cell around h, in nats, <= 0.
+
+    In float64; shapes as in :func:`scale_log_prob`. logistic: ``log sigma(b) + log sigma(-a) +
+    log(1 - exp(a - b))``; normal: in the tail that the cell is nearer to, ``log F(b) +
+    log(1 - F(a) / F(b))``, and for narrow cells the density in the middle times the width.
+
+    >>> import torch, nicefast as nf
+    >>> nf.reference.cell_log_prob(torch.tensor([0.5]), torch.zeros(1), 1.0).exp()
+    tensor(0.2311)
+    """
+    s = log_scale.double().exp()
+    a, b, width = (h.double() - grid / 2) * s, (h.double() + grid / 2) * s, grid * s
+    if check_prior(prior) == "logistic":
+        inside = torch.log(-torch.expm1(-width))
+        cells = logsigmoid(b) + logsigmoid(-a) + inside
+    else:
+        flip = a + b > 0
+        a, b = torch.where(flip, -b, a), torch.where(flip, -a, b)
+        middle = (a + b) / 2
+        narrow = width * (1 + middle.abs()) < 1e-4  # to 1e-9, where the difference keeps 1e-9
+        upper, lower = torch.special.log_ndtr(b), torch.special.log_ndtr(a)
+        gap = torch.where(narrow, -1.0, lower - upper)  # and no infinite gradient from the other
+        density = prior_log_prob(middle, prior) + width.log()
+        cells = torch.where(narrow, density, upper + torch.log(-torch.expm1(gap)))
+    return cells.sum(-1).to(at_least_float32(h.dtype, log_scale.dtype))
+
+
 def scale_log_prob_backward(
     grad_z: Tensor | None, grad_log_prob: Tensor, h: Tensor, log_scale: Tensor, prior: str
 ) -> tuple[Tensor, Tensor]:

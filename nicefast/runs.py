@@ -21,7 +21,7 @@ from ._version import __version__
 from .baselines import Gaussian
 from .checkpoint import load, save
 from .data import Dataset
-from .evaluation import Density, Evaluation, evaluate, row_scores, usable_device
+from .evaluation import Density, Evaluation, density, evaluate, row_scores, usable_device
 from .flow import NICE
 from .preprocessing import Preprocessing
 from .ranks import Ranks
@@ -170,7 +170,8 @@ def carry_out(
             resume=resume,
         )
     baselines, notes = _baselines(x)
-    densities: dict[str, Density] = {"NICE": model, **baselines}
+    fitted = density(model, config.recipe.objective)
+    densities: dict[str, Density] = {"NICE": fitted, **baselines}
 
     def scores(rows: Tensor, which: Mapping[str, Density]) -> dict[str, Evaluation]:
         return {

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers import MLP
-from ..path import is_watched
+from ..layers import MLP, is_watched
 from .steps import Coupling
 
 MODULES: dict[str, type[nn.Module]] = {

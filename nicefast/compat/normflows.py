@@ -16,8 +16,8 @@ from normflows.flows.base import Flow
 from torch import Tensor, nn
 
 from .. import backend, layers
+from ..layers import is_watched
 from ..partition import Partition
-from ..path import is_watched
 from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
 from .coupling import couple, is_traced, kept_partition, shifted, split, zero_log_det

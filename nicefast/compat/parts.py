@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import MLP
-from ..path import is_watched
+from ..layers import MLP, is_watched
 from .replacing import PEERS
 from .steps import Affine, Base, Coupling, Step, slots, spread
 

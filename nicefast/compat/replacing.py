@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..path import is_watched
+from ..layers import is_watched
 from .coupling import KEPT
 
 

@@ -187,11 +187,14 @@ class Scorer:
         if self._wants_log_prob:
             found["log_prob"] = log_prob if log_det is None else wide(log_prob) + log_det
         if {"z", "terms"} & {*self.outputs}:
-            z = self.model.forward(x)[0].flatten(1)
+            z = self.model.forward(x)[0]
             if "z" in self.outputs:
-                found["z"] = z
+                found["z"] = z.flatten(1)
             if "terms" in self.outputs:
-                found["terms"] = self.model.prior.log_prob(z) + self.model.scaling.log_scale
+                terms = self.model.prior.log_prob(z).flatten(1)
+                if self.model.grid is None:  # otherwise the scale is the prior's
+                    terms = terms + self.model.scaling.log_scale
+                found["terms"] = terms
         return found
 
 

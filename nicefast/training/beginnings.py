@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .. import priors
 from ..flow import NICE
 from ..layers import MLP, AdditiveCoupling
 
@@ -39,7 +40,9 @@ def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
             f"{len(deviation)} features do not, the first of them feature {unusable[0]}"
         )
     log_scale = model.scaling.log_scale
-    found = model.prior.stddev.double().log() - deviation.log().to(log_scale.device)
+    found = priors.standard(model.prior_name).stddev.double().log() - deviation.log().to(
+        log_scale.device
+    )
     log_scale.copy_(found.clamp(max=limit))
 
 

@@ -12,7 +12,7 @@ from .fitting import TRAINING_NOISE
 from .presets import PRESETS
 from .recipe import Recipe
 
-MODEL = ("hidden", "couplings", "prior", "partition", "activation", "dropout")
+MODEL = ("hidden", "couplings", "prior", "partition", "activation", "dropout", "grid")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset
-from ..evaluation import mean_score, precision
+from ..evaluation import density, mean_score, precision
 from ..flow import NICE
 from ..preprocessing import Preprocessing
 from ..ranks import Ranks
@@ -153,6 +153,7 @@ class _Fit:
             ),
             recipe.clip,
             self.ranks,
+            recipe.objective,
         )
         self.snapshot = None if snapshot is None else Path(snapshot)
         self.snapshot_seconds = snapshot_seconds
@@ -195,7 +196,7 @@ class _Fit:
         if not recipe.averaging:
             self.average.load_state_dict(self.model.state_dict())
         held = mean_score(
-            self.average,
+            density(self.average, recipe.objective),
             self.data.validation,
             self.preprocessing,
             recipe.validation_draws if self.data.discrete else 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ..evaluation import MATMUL
+from ..evaluation import MATMUL, OBJECTIVES
 from .optimisers import SCHEDULES
 
 STARTS = ("data", "paper")
@@ -20,6 +20,8 @@ class Recipe:
         epochs: at most so many passes over the training rows.
         patience: epochs without a better validation score before stopping.
         batch_size: rows in a step, over all processes.
+        objective: ``"density"``: the flow's likelihood; ``"cells"``: that of the cells of its
+            grid, which is what a lossless coder needs (:class:`nicefast.evaluation.CellDensity`).
         start: ``"data"``: every conditioner's last layer zero, log_scale from the data
             (:func:`init_scaling`); ``"paper"``: all weights uniform in +-0.01, log_scale zero.
         scale_limit: most that ``"data"`` sets log_scale to.
@@ -50,6 +52,7 @@ class Recipe:
     epochs: int = 120
     patience: int = 40
     batch_size: int = 128
+    objective: str = "density"
     start: str = "data"
     scale_limit: float = math.inf
     optimiser: str = "adamw"
@@ -85,6 +88,7 @@ class Recipe:
         for name in ("epochs", "patience", "batch_size", "average_every", "validation_draws"):
             check(name, getattr(self, name) >= 1, "at least 1")
         for name, known in (
+            ("objective", OBJECTIVES),
             ("start", STARTS),
             ("optimiser", OPTIMISERS),
             ("schedule", SCHEDULES),

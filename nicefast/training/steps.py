@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..evaluation import density
 from ..flow import NICE
 from ..ranks import Ranks
 
@@ -19,12 +20,12 @@ WARM_UP = 3  # real steps before the capture: kernels are compiled, the optimise
 class _Sum(nn.Module):
     """The sum of log-densities: what DistributedDataParallel can call."""
 
-    def __init__(self, model: NICE) -> None:
+    def __init__(self, model: NICE, objective: str) -> None:
         super().__init__()
-        self.model = model
+        self.density = density(model, objective)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model.log_prob(x).sum()
+        return self.density.log_prob(x).sum()
 
 
 class Step:
@@ -34,11 +35,18 @@ class Step:
     device, and are read when somebody asks.
     """
 
-    def __init__(self, model: NICE, optimiser: Optimizer, clip: float, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: NICE,
+        optimiser: Optimizer,
+        clip: float,
+        ranks: Ranks,
+        objective: str = "density",
+    ) -> None:
         self.model, self.optimiser, self.clip, self.ranks = model, optimiser, clip, ranks
         device = model.scaling.log_scale.device
         self.device = device
-        summed: nn.Module = _Sum(model)
+        summed: nn.Module = _Sum(model, objective)
         if ranks.world > 1:
             summed = DistributedDataParallel(summed)
         self._sum: Callable[[Tensor], Tensor] = summed
@@ -46,7 +54,8 @@ class Step:
         self._taken = torch.zeros((), dtype=torch.int64, device=device)
         self._bad = torch.full((), -1, dtype=torch.int64, device=device)
         # the gradients of several processes are exchanged by hooks, which no graph knows
-        self._captures = device.type == "cuda" and ranks.world == 1
+        # and a flow with a grid looks at its range, on the host
+        self._captures = device.type == "cuda" and ranks.world == 1 and model.grid is None
         self._warm = 0
         self._graph: tuple[Callable[[], None], Tensor] | None = None
 
