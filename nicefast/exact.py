@@ -11,6 +11,7 @@ multiplications and divisions, which IEEE 754 defines to the last bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from .products import ACTIVATIONS
 
-BLOCK_ELEMENTS = 1 << 18  # of one activation, in float64
+BLOCK_ELEMENTS = 1 << 19  # of one activation, in float64
+GPU_ELEMENTS = 1 << 26
 SUM_BITS = 53  # of integers that float64 adds exactly
 LARGEST = 450  # exponent of operands: with its square, and the bits, still within float64
 
@@ -91,109 +93,43 @@ def check_range(name: str, y: Tensor, before: Tensor, grid: float) -> None:
 
 
 class Operand(NamedTuple):
-    """A weight matrix (O, K) as integers: ``W[o, k] ~ scale[o] * integers[k, o] * columns[k]``."""
+    """A weight matrix (O, K), ready for exact products: ``W[o, k] ~ weight[k, o] * columns[k]``.
 
-    integers: Tensor  # (K, O)
-    scale: Tensor  # (O,)
-    columns: Tensor  # (K,)
-    bits: int  # of the other operand
+    Entries of a column o of ``weight`` are integers of ``own`` bits, those of the other operand
+    integers of ``bits`` bits, times a power of two; the sum of K of their products has 53.
+    """
+
+    weight: Tensor  # (K, O), float64
+    columns: Tensor  # (K,), powers of two
+    bits: int
 
     @classmethod
     def of(cls, weight: Tensor) -> Operand:
-        """Columns, then rows, are brought to the same size by powers of two: features may have
-        any scales. Then the sum of K products of ``own`` and ``bits`` bits has 53."""
+        """Columns are brought to the same size by powers of two: features may have any scales."""
         room = SUM_BITS - math.ceil(math.log2(max(weight.shape[1], 1)))
         own = room // 2
         w = weight.detach().double()
         largest = w.abs().amax(0)
-        even, columns = _scales(largest, 0)
-        w = w * even
-        to_integers, scale = _scales(w.abs().amax(1), own)
-        integers = (w * to_integers[:, None]).round_()
+        exponent = _exponent(largest)
+        w = _round_to_bits(w * _power(-exponent), own)
         # a feature without any weight must not decide how finely the others are rounded
-        columns = torch.where(largest == 0, 0.0, columns)
-        return cls(integers.t(), scale, columns, room - own)
+        columns = torch.where(largest == 0, 0.0, _power(exponent))
+        return cls(w.t(), columns, room - own)
 
     def times(self, h: Tensor) -> Tensor:
         """``h W^T`` (N, O) of h (N, K), float64: the same bits in any batch."""
-        wide = h * self.columns
-        to_integers, scale = _scales(wide.abs().amax(1, keepdim=True), self.bits)
-        product = wide.mul_(to_integers).round_() @ self.integers
-        return product.mul_(self.scale).mul_(scale)
+        return _round_to_bits(h * self.columns, self.bits) @ self.weight
 
 
-class Linear(Function):
-    """``h W^T + b`` in exact arithmetic; the gradient is that of the ordinary product."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        operands: Sequence[Operand],
-        autocast: torch.dtype | None,
-    ) -> Tensor:
-        ctx.save_for_backward(h, weight)
-        ctx.bias_dtype, ctx.autocast = bias.dtype, autocast
-        return linear(h, bias, operands)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        h, weight = ctx.saved_tensors
-        dtype = ctx.autocast or torch.promote_types(h.dtype, weight.dtype)
-        narrow = g.to(dtype).contiguous()
-        grad_h = (narrow @ weight.to(dtype)).to(h.dtype) if ctx.needs_input_grad[0] else None
-        grad_w = grad_b = None
-        if ctx.needs_input_grad[1]:
-            grad_w = (narrow.t() @ h.to(dtype)).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_b = g.sum(0).to(ctx.bias_dtype)
-        return grad_h, grad_w, grad_b, None, None
-
-
-def operands(weight: Tensor, context: int) -> list[Operand]:
-    """One for x, and one for the last ``context`` columns: each with a scale of its own."""
-    parts = (weight,) if not context else weight.split((weight.shape[1] - context, context), 1)
-    return [Operand.of(part) for part in parts if part.shape[1]]
-
-
-def linear(h: Tensor, bias: Tensor, operands: Sequence[Operand]) -> Tensor:
-    """``h W^T + b`` (N, O) in h's dtype; the columns of h follow one another in ``operands``."""
-    start = 0
-    total: Tensor | None = None
-    for operand in operands:
-        part = h[:, start : start + len(operand.columns)]
-        start += len(operand.columns)
-        product = operand.times(part)
-        total = product if total is None else total.add_(product)
-    assert total is not None
-    return total.add_(bias.detach().double()).to(h.dtype)
-
-
-class _Activate(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.name = name
-        return _PORTABLE[name](x.double()).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            y = reference.ACTIVATIONS[ctx.name](x)
-        return torch.autograd.grad(y, x, g)[0], None
-
-
-def activate(x: Tensor, name: str) -> Tensor:
-    """An activation with the same bits everywhere: relu and leaky_relu are, the others are made of
-    additions, multiplications and divisions in float64, to about 1e-7."""
-    if name in _PORTABLE:
-        return _Activate.apply(x, name)
-    return reference.ACTIVATIONS[name](x)
+def _round_to_bits(x: Tensor, bits: int) -> Tensor:
+    """``x`` (N, K), float64, written over: each row rounded to integers of ``bits`` bits times the
+    row's own power of two. NaN where a row's size is out of range: never a rounded sum."""
+    low, high = x.aminmax(dim=1, keepdim=True)
+    largest = torch.maximum(-low, high)
+    # a number this large has no digits below those that are to stay
+    large = _power(_exponent(largest) + (SUM_BITS - 1 - bits)) * 1.5
+    large = torch.where(largest <= 2.0**LARGEST, large, torch.nan)
+    return x.add_(large).sub_(large)
 
 
 def exp(x: Tensor) -> Tensor:
@@ -209,10 +145,6 @@ def exp(x: Tensor) -> Tensor:
     for n in range(9, -1, -1):
         y.mul_(r).add_(1 / math.factorial(n))
     return y.mul_(_power(torch.where(k.isnan(), 0.0, k)))
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    return 1 / (exp(-x) + 1)
 
 
 def _tanh(x: Tensor) -> Tensor:
@@ -235,33 +167,53 @@ def _gelu(x: Tensor) -> Tensor:
     return x * torch.where(x > 0, 1 - tail, tail)
 
 
+#: of float64, written over where that is quicker; equal to those of the reference to about 1e-7
 _PORTABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "leaky_relu": ACTIVATIONS["leaky_relu"].apply_,
     "tanh": _tanh,
     "gelu": _gelu,
-    "silu": lambda x: x * _sigmoid(x),
+    "silu": lambda x: x / (exp(-x) + 1),
     "elu": lambda x: torch.where(x > 0, x, exp(x) - 1),
 }
 
 
 class Layer(NamedTuple):
-    """One linear layer, ready for :func:`mlp`."""
+    """One linear layer, ready for :func:`mlp`; the columns of its input follow one another in
+    ``operands``."""
 
     weight: Tensor
     bias: Tensor
     operands: list[Operand]
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, context: int = 0) -> Layer:
+        """The last ``context`` columns have a scale of their own."""
+        parts = (weight,) if not context else weight.split((weight.shape[1] - context, context), 1)
+        return cls(weight, bias, [Operand.of(part) for part in parts])
 
-def layers(parameters: Sequence[tuple[Tensor, Tensor]], context: int) -> list[Layer]:
-    """Weights as integers, anew for each call: they can't be out of date."""
-    return [
-        Layer(w, b, operands(w, context if i == 0 else 0)) for i, (w, b) in enumerate(parameters)
-    ]
+    def __call__(self, h: Tensor) -> Tensor:
+        """``h W^T + b`` (N, O), float64."""
+        pieces = h.split([len(operand.columns) for operand in self.operands], 1)
+        first, *others = (o.times(piece) for o, piece in zip(self.operands, pieces, strict=True))
+        for other in others:
+            first.add_(other)
+        return first.add_(self.bias.detach().double())
+
+
+class _Kept(NamedTuple):
+    """What the gradient needs: operands before dropout, inputs of activations, and what dropout
+    multiplied with."""
+
+    operands: list[Tensor]
+    inputs: list[Tensor]
+    masks: list[Tensor]
 
 
 # a compiler may fuse a product with a sum, which rounds differently
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def mlp(
-    own: Sequence[Layer],
+    parameters: Sequence[tuple[Tensor, Tensor]],
     activation: str,
     h: Tensor,
     context: Tensor | None = None,
@@ -269,48 +221,96 @@ def mlp(
 ) -> Tensor:
     """A multi-layer perceptron of rows ``h`` (N, C): (N, S), the same bits in any batch.
 
-    Gradients, where they are recorded, are those of ordinary arithmetic. ``drop`` is done to each
-    hidden layer, and then the bits are its own.
+    Gradients are those of ordinary arithmetic; their products follow autocast. Weights become
+    integers anew in each call: they can't be out of date. ``drop`` is done to each hidden layer,
+    and then the bits are its own.
     """
+    width = 0 if context is None else context.shape[1]
+    layers = [Layer.of(w, b, 0 if i else width) for i, (w, b) in enumerate(parameters)]
     if context is not None:
         h = torch.cat((h, context.to(h.dtype)), 1)
-    h = h.contiguous()  # the gradient's products may depend on strides
-    if torch.is_grad_enabled() and any(
-        t.requires_grad for t in (h, *(t for layer in own for t in layer[:2]))
-    ):
-        # the products of the gradient follow autocast, as everywhere
-        kind = h.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return _run(own, activation, h, drop, lambda h, own: Linear.apply(h, *own, autocast))
-    if drop is not None:
-        return _run(own, activation, h, drop)
-    widest = max(max(layer.weight.shape) for layer in own)
-    blocks = h.split(max(1, (BLOCK_ELEMENTS if h.device.type == "cpu" else 1 << 26) // widest))
-    done = [_run(own, activation, block) for block in blocks]
+    flat = [t for pair in parameters for t in pair]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *flat)):
+        return _MLP.apply(layers, activation, drop, h, *flat)
+    widest = max(max(layer.weight.shape) for layer in layers)
+    most = BLOCK_ELEMENTS if h.device.type == "cpu" else GPU_ELEMENTS
+    done = [_run(layers, activation, block, drop) for block in h.split(max(1, most // widest))]
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
 def _run(
-    own: Sequence[Layer],
+    layers: Sequence[Layer],
     activation: str,
     h: Tensor,
-    drop: Callable[[Tensor], Tensor] | None = None,
-    product: Callable[[Tensor, Layer], Tensor] | None = None,
+    drop: Callable[[Tensor], Tensor] | None,
+    kept: _Kept | None = None,
 ) -> Tensor:
-    for i, layer in enumerate(own):
+    x = h
+    for i, layer in enumerate(layers):
         if i:
-            h = activate(h, activation)
-            h = h if drop is None else drop(h)
-        h = linear(h, layer.bias, layer.operands) if product is None else product(h, layer)
-    return h
+            if kept is not None and ACTIVATIONS[activation].from_input:
+                kept.inputs.append(x.to(h.dtype))
+            x = _PORTABLE[activation](x)
+        if kept is not None:
+            kept.operands.append(x.to(h.dtype))
+        if i and drop is not None:
+            mask = drop(torch.ones_like(x, dtype=h.dtype))
+            x = x * mask
+            if kept is not None:
+                kept.masks.append(mask)
+        x = layer(x)
+    return x.to(h.dtype)
 
 
-def _scales(largest: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The power of two that makes integers of ``bits`` bits of values up to ``largest`` >= 0, and
-    its inverse. NaN, where there are none: the result is NaN, and never a rounded sum."""
-    exponent = torch.frexp(largest).exponent.clamp(-LARGEST, LARGEST)
-    fits = largest <= 2.0**LARGEST
-    return torch.where(fits, _power(bits - exponent), torch.nan), _power(exponent - bits)
+class _MLP(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layers: Sequence[Layer],
+        activation: str,
+        drop: Callable[[Tensor], Tensor] | None,
+        h: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        kept = _Kept([], [], [])
+        y = _run(layers, activation, h.contiguous(), drop, kept)
+        kind = h.device.type
+        ctx.narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        ctx.activation, ctx.counts = ACTIVATIONS[activation], [len(own) for own in kept]
+        ctx.save_for_backward(*parameters, *(t for own in kept for t in own))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        saved = iter(ctx.saved_tensors)
+        parameters, *kept = (
+            list(itertools.islice(saved, n)) for n in (2 * ctx.counts[0], *ctx.counts)
+        )
+        operands, inputs, masks = kept
+        wants_h, *wants = ctx.needs_input_grad[3:]
+        grads: list[Tensor | None] = [None] * len(parameters)
+        for i in reversed(range(len(operands))):
+            weight, bias = parameters[2 * i : 2 * i + 2]
+            dtype = ctx.narrow or torch.promote_types(g.dtype, weight.dtype)
+            narrow, h = g.to(dtype).contiguous(), operands[i]
+            h = h * masks[i - 1] if i and masks else h
+            if wants[2 * i]:
+                grads[2 * i] = (narrow.t() @ h.to(dtype)).to(weight.dtype)
+            if wants[2 * i + 1]:
+                grads[2 * i + 1] = g.sum(0).to(bias.dtype)
+            if i or wants_h:
+                g = (narrow @ weight.to(dtype)).to(g.dtype)
+            if i:
+                g = g.mul_(masks[i - 1]) if masks else g
+                made_of = inputs[i - 1] if ctx.activation.from_input else operands[i]
+                g = ctx.activation.backward_(g, made_of)
+        return None, None, None, g if wants_h else None, *grads
+
+
+def _exponent(size: Tensor) -> Tensor:
+    """e with ``size <= 2^e``, from -LARGEST to LARGEST."""
+    return torch.frexp(size).exponent.clamp(-LARGEST, LARGEST)
 
 
 def _power(exponent: Tensor) -> Tensor:

@@ -206,8 +206,7 @@ class AdditiveCoupling(nn.Module):
             mlp = cast("MLP", self.conditioner)
             mlp.check_context(context)
             drop = partial(_dropout, p=mlp.dropout) if mlp.drops else None
-            own = exact.layers(layers, mlp.context)
-            shift = exact.mlp(own, mlp.activation, rows[0], *rows[1:], drop=drop)
+            shift = exact.mlp(layers, mlp.activation, rows[0], *rows[1:], drop=drop)
         shift = shift.view(*x1.shape[:-1], shift.shape[-1])
         return exact.round_to_grid(shift.to(x1.dtype), self.grid)
 

@@ -398,13 +398,17 @@ def test_parameters_written_over_before_the_gradient():
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations(activation):
     x = torch.cat((torch.linspace(-30, 30, 1001), torch.tensor([-1e3, 1e3, 1e-6])))
-    x = x.double().requires_grad_()
-    got, want = exact.activate(x, activation), ACTIVATIONS[activation](x)
-    assert (got - want).abs().max() < 1e-6
-    for y in (got, want):
-        y.sum().backward()
-        x.grad, y.grad_of_x = None, x.grad
-    assert torch.allclose(got.grad_of_x, want.grad_of_x)
+    one, nought = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    found = []
+    for call in (
+        lambda x: exact.mlp([(one, nought), (one, nought)], activation, x),
+        ACTIVATIONS[activation],
+    ):
+        leaf = x.double()[:, None].requires_grad_()
+        y = call(leaf)
+        found.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 # conditioners of other kinds ----------------------------------------------------------------------
@@ -483,16 +487,12 @@ def test_products_are_sums_of_integers():
     operand = exact.Operand.of(w)
     got = operand.times(h)
     for i, j in ((0, 0), (3, 4)):
-        wide = [
-            Fraction(a) * Fraction(b)
-            for a, b in zip(h[i].tolist(), operand.columns.tolist(), strict=True)
-        ]
+        pairs = zip(h[i].tolist(), operand.columns.tolist(), strict=True)
+        wide = [Fraction(a) * Fraction(b) for a, b in pairs]
         step = Fraction(2) ** (math.frexp(float(max(map(abs, wide))))[1] - operand.bits)
-        total = sum(
-            round(a / step) * int(b)
-            for a, b in zip(wide, operand.integers[:, j].tolist(), strict=True)
-        )
-        assert Fraction(got[i, j].item()) == total * step * Fraction(operand.scale[j].item())
+        weights = map(Fraction, operand.weight[:, j].tolist())
+        total = sum(round(a / step) * step * b for a, b in zip(wide, weights, strict=True))
+        assert Fraction(got[i, j].item()) == total
     order = torch.randperm(300)
     shuffled = exact.Operand.of(w[:, order]).times(h[:, order])
     assert torch.equal(shuffled, got)
