@@ -121,6 +121,12 @@ _REVERSING = (
     "Reordering features, and reversing them between couplings, is the partition's alternation.",
 )
 _UNIT = ("dequantise",)
+_LOSSLESS = {"prior": "logistic", "partition": "checkerboard"}
+_DISCRETE = (
+    "nicefast's own, for lossless compression: the discrete likelihood of the levels, by exact "
+    "couplings on their grid, gradients straight through the rounding (Hoogeboom et al. 2019, "
+    "arXiv 1905.07376)."
+)
 _SYMMETRIC = ({"dequantise": {"low": -1.0, "high": 1.0}},)
 
 PRESETS: dict[str, Preset] = {
@@ -134,17 +140,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "digits-lossless": Preset(
         "digits",
-        {
-            "hidden": (256,),
-            "couplings": 8,
-            "prior": "logistic",
-            "partition": "alternating",
-            "grid": 2.0**-5,
-        },
+        _LOSSLESS | {"hidden": (256,), "couplings": 8, "grid": 2.0**-5},
         ({"dequantise": {"high": 17 / 32}},),
         Recipe(objective="cells", validation_draws=1),
-        "nicefast's own, for `nicefast compress`: the discrete likelihood of the levels, by exact "
-        "couplings on their grid, gradients straight through the rounding (Hoogeboom et al. 2019).",
+        _DISCRETE,
         noise_draws=1,
     ),
     "tabular": Preset(
@@ -169,6 +168,14 @@ PRESETS: dict[str, Preset] = {
         _WORKS,
         "PAPER, section 5.1: the network, the prior and the range.",
         _WORKS_DEVIATIONS,
+    ),
+    "mnist-lossless": Preset(
+        "mnist",
+        _LOSSLESS | {"hidden": (512, 512), "couplings": 6, "grid": 2.0**-8, "dropout": 0.1},
+        _UNIT,
+        replace(_WORKS, objective="cells", epochs=40, lr=1e-3, schedule="cosine"),
+        _DISCRETE,
+        noise_draws=1,
     ),
     "mnist-paper": Preset(
         "mnist", _MNIST, _UNIT, _PAPER, "PAPER, section 5.1, to the letter.", _PAPER_DEVIATIONS
