@@ -1,11 +1,11 @@
-"""The benchmark: `python -m bench [run | report | compare A B | dropin]`.
+"""The benchmark: `python -m bench [run | report | compare A B | dropin | exact]`.
 
 `run` (what is done when nothing is said) times nicefast beside plain half-split PyTorch, the same
 under torch.compile, and the couplings of nflows, normflows, FrEIA and zuko: the same weights, in
 turn in one process, everybody behind a gate against float64. Each measurement is a JSON line in
 bench/results/DEVICE/, written as soon as it is made: an interrupted run keeps what it measured.
 `report` makes tables and pictures of them; `compare` two runs; `dropin` times what
-`nf.accelerate` gains. See `python -m bench run --help`.
+`nf.accelerate` gains, `exact` what an exact inverse costs. See `python -m bench run --help`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from . import compare, dropin, measure, records, report, timing
+from . import compare, dropin, exactness, measure, records, report, timing
 from .gate import Gate
 from .providers import PEERS, PRECISIONS, PROVIDERS, make_weights
 from .timing import ALLOCATORS
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report.main,
         "compare": compare.main,
         "dropin": dropin.main,
+        "exact": exactness.main,
     }
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])

@@ -597,3 +597,18 @@ def test_what_is_rebuilt_is_said():
     (g,) = torch.autograd.grad(log_prob, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
+
+
+def test_the_benchmark_of_exactness(tmp_path, monkeypatch, capsys):
+    from bench import exactness
+    from bench.providers import Shape
+
+    monkeypatch.setattr(exactness, "DEPTHS", (2, 40))
+    monkeypatch.setattr(exactness, "SHAPES", (Shape(6, (8,), 30),))
+    out = tmp_path / "exact.md"
+    assert exactness.main(["--rounds", "1", "--seconds", "0", "--out", str(out)]) == 0
+    rows = [line for line in out.read_text().splitlines() if line.startswith("|")]
+    assert rows[3] == "| PyTorch's initial weights | exact | 0 | 0 |"
+    assert rows[-1].count("->") == 3
+    assert out.read_text() == capsys.readouterr().out
+    assert exactness.main(["--rounds", "0"]) == 2

@@ -1,0 +1,156 @@
+"""Exported flows, read where nicefast cannot be imported, against the flow itself."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nicefast as nf
+from nicefast.export import export_onnx, export_program
+
+# runs an exported file where importing nicefast fails
+READER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("nicefast", "kernels"):
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocker())
+import torch
+program = torch.export.load(sys.argv[1])
+targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+assert all(t.startswith(("aten.", "<built-in")) for t in targets), targets
+call = program.module()
+calls = torch.load(sys.argv[2], weights_only=True)
+torch.save([call(*arguments) for arguments in calls], sys.argv[3])
+assert not any(name.split(".")[0] == "nicefast" for name in sys.modules)
+"""
+ROWS = (0, 1, 5, 300)
+SEED = 2**62 + 12345678901
+
+
+def flow(event_shape=(1, 5, 3), dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = nf.NICE(event_shape, hidden=(8, 8), **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.to(dtype)
+
+
+def arguments(model, method, n):
+    torch.manual_seed(n)
+    context = (torch.randn(n, model.context, dtype=model.dtype),) if model.context else ()
+    if method == "sample":
+        return (torch.arange(n) + 7, torch.tensor(SEED), *context)
+    return (torch.randn(n, *model.event_shape, dtype=model.dtype), *context)
+
+
+@torch.no_grad()
+def expected(model, method, given):
+    if method == "log_prob":
+        return model.log_prob(*given)
+    rows, seed, *context = given
+    h = nf.functional.sample_prior(
+        model.scaling.log_scale,
+        len(rows),
+        model.prior_name,
+        seed=int(seed),
+        row_offset=7,
+        dtype=model.dtype,
+    )
+    z = h * model.scaling.log_scale.exp()
+    return model.inverse(z.view(len(rows), *model.event_shape), *context)[0]
+
+
+def check(got, want):
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    limit = 1e-12 if want.dtype == torch.float64 else 1e-5
+    assert ((got - want).abs() <= limit * want.abs().clamp(min=1)).all()
+
+
+CASES = [
+    pytest.param({}, "log_prob", id="log_prob"),
+    pytest.param({"context": 2, "partition": "random"}, "sample", id="sample, context"),
+    pytest.param(
+        {"prior": "normal", "context": 2, "dtype": torch.float64, "dropout": 0.5},
+        "log_prob",
+        id="float64, normal, context",
+    ),
+    pytest.param({"prior": "normal", "dtype": torch.float64}, "sample", id="float64, normal"),
+]
+
+
+@pytest.mark.parametrize(("options", "method"), CASES)
+def test_a_program_runs_without_nicefast(tmp_path, options, method):
+    model = flow(**options)
+    export_program(model, tmp_path / "flow.pt2", method)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    model.eval()
+    calls = [arguments(model, method, n) for n in ROWS]
+    torch.save(calls, tmp_path / "calls")
+    files = [str(tmp_path / name) for name in ("flow.pt2", "calls", "results")]
+    subprocess.run([sys.executable, "-c", READER, *files], check=True, cwd=tmp_path)
+    for given, got in zip(calls, torch.load(tmp_path / "results"), strict=True):
+        check(got, expected(model, method, given))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calls", "flow.pt2", "results"]
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        pytest.param({"context": 2}, "log_prob", id="log_prob, context"),
+        pytest.param({"partition": "random"}, "sample", id="sample"),
+    ],
+)
+def test_onnxruntime_agrees(tmp_path, options, method):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = flow(**options)
+    export_onnx(model, tmp_path / "flow.onnx", method)
+    assert [p.name for p in tmp_path.iterdir()] == ["flow.onnx"]
+    session = runtime.InferenceSession(tmp_path / "flow.onnx")
+    names = [i.name for i in session.get_inputs()]
+    first = ["rows", "seed"] if method == "sample" else ["x"]
+    assert names == first + ["context"] * bool(model.context)
+    for n in ROWS:
+        given = arguments(model, method, n)
+        feed = {name: t.numpy() for name, t in zip(names, given, strict=True)}
+        (got,) = session.run([method], feed)
+        check(torch.from_numpy(got), expected(model, method, given))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, r"model must be a nicefast\.NICE, got Linea"),
+        ({"method": "forward"}, ValueError, "method must be one of log_prob, sample, got 'forward"),
+        ({"path": "flow.txt"}, ValueError, r"path must end in \.(pt2|onnx), got 'flow\.txt'"),
+    ],
+)
+def test_arguments(change, error, message):
+    for export, path in ((export_program, "flow.pt2"), (export_onnx, "flow.onnx")):
+        if export is export_onnx:
+            pytest.importorskip("onnxscript")
+        with pytest.raises(error, match=message):
+            export(**{"model": nf.NICE(2, hidden=(2,)), "path": path, **change})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "flow.pt2"
+    path.write_bytes(b"old")
+
+    def fail(program, file):
+        with open(file, "wb") as started:
+            started.write(b"half")
+        raise OSError("full")
+
+    monkeypatch.setattr(torch.export, "save", fail)
+    with pytest.raises(OSError, match="full"):
+        export_program(nf.NICE(2, hidden=(2,), couplings=1), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["flow.pt2"]
+    assert path.read_bytes() == b"old"
