@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .blocks import Blocks
 from .products import ACTIVATIONS
 
 BLOCK_ELEMENTS = 1 << 19  # of one activation, in float64
+LEAST_ELEMENTS = 1 << 16  # below this, rows are not worth the hand-over to threads
 GPU_ELEMENTS = 1 << 26
 SUM_BITS = 53  # of integers that float64 adds exactly
 LARGEST = 450  # exponent of operands: with its square, and the bits, still within float64
@@ -233,9 +235,17 @@ def mlp(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *flat)):
         return _MLP.apply(layers, activation, drop, h, *flat)
     widest = max(max(layer.weight.shape) for layer in layers)
-    most = BLOCK_ELEMENTS if h.device.type == "cpu" else GPU_ELEMENTS
-    done = [_run(layers, activation, block, drop) for block in h.split(max(1, most // widest))]
-    return done[0] if len(done) == 1 else torch.cat(done)
+    most = max(1, (BLOCK_ELEMENTS if h.device.type == "cpu" else GPU_ELEMENTS) // widest)
+    cut = Blocks(len(h), most, LEAST_ELEMENTS // widest, h.device)
+    y = h.new_empty(len(h), len(parameters[-1][1]))
+    h = h.detach()  # other threads have their own mind about gradients
+
+    def work(share: range) -> None:
+        for i in share:
+            y[cut[i]] = _run(layers, activation, h[cut[i]], drop)
+
+    cut.deal(work)
+    return y
 
 
 def _run(

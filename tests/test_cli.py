@@ -202,7 +202,7 @@ MISTAKES = {
     "lr": (["digits", "--lr", "nan"], "lr must be positive"),
     "noise": (["digits", "--noise-draws", "0"], "noise_draws must be at least 1, got 0"),
     "seed": (["digits", "--seed", "-1"], "seed must be from 0"),
-    "preset": (["--preset", "mnits"], "preset must be one of digits, digits-lossless, tabular, mnist"),
+    "preset": (["--preset", "mnits"], "preset must be one of digits, digits-lossless, tabular, "),
     "nothing": ([], "DATA, --preset or --config must be given"),
     "set": (["digits", "--set", "recipe.clip"], "--set must be KEY=VALUE, got 'recipe.clip'"),
     "key": (["digits", "--set", "recipe.clap=1"], "'recipe.clap' is no key"),
