@@ -115,8 +115,9 @@ def test_every_source_gives_the_models_log_prob(flow, tmp_path, kind):
     assert found.values["log_prob"].dtype == np.float32
 
 
-def test_outputs_by_definition(flow):
-    x = rows()
+@pytest.mark.parametrize("grid", [None, 2.0**-12])
+def test_outputs_by_definition(flow, grid):
+    x, flow = rows(), flow.with_grid(grid)
     reference = plain(flow, rows(50, seed=1))
     found = score(flow, x, outputs=OUTPUTS, batch_rows=32, reference=reference).values
     leaf = torch.from_numpy(x).requires_grad_()

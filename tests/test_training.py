@@ -157,6 +157,22 @@ def test_float64_models_are_trained_in_float64():
     assert flat(model).dtype == torch.float64
 
 
+def test_the_likelihood_of_cells_is_what_is_trained_and_validated():
+    data = tiny_data()
+    steps, model = unit(data.train, 4), tiny_model(grid=0.25, hidden=(16,))
+    initialise(model, "data", steps.forward(data.train)[0])
+    recipe = replace(RECIPE, objective="cells", validation_draws=1)
+    history = fit(model, data, steps, recipe)
+    assert history.best.validation > history.epochs[0].validation + 0.1
+    with torch.no_grad():
+        cells = model.cell_log_prob(data.validation.float() / 4).double().mean().item()
+    assert history.best.validation == pytest.approx(cells + 4 * math.log(4), abs=1e-4)
+    with pytest.raises(ValueError, match="model must have a grid"):
+        fit(tiny_model(), data, steps, recipe)
+    with pytest.raises(ValueError, match="objective must be one of density, cells, got 'bits'"):
+        Recipe(objective="bits")
+
+
 @pytest.mark.parametrize("optimiser", ["adam", "rmsprop"])
 def test_other_optimisers_and_bf16(optimiser):
     model = tiny_model()
