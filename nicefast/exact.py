@@ -236,7 +236,8 @@ def mlp(
         return _MLP.apply(layers, activation, drop, h, *flat)
     widest = max(max(layer.weight.shape) for layer in layers)
     most = max(1, (BLOCK_ELEMENTS if h.device.type == "cpu" else GPU_ELEMENTS) // widest)
-    cut = Blocks(len(h), most, LEAST_ELEMENTS // widest, h.device)
+    least = LEAST_ELEMENTS // widest if drop is None else len(h)  # one thread draws
+    cut = Blocks(len(h), most, least, h.device)
     y = h.new_empty(len(h), len(parameters[-1][1]))
     h = h.detach()  # other threads have their own mind about gradients
 
