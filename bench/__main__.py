@@ -1,11 +1,13 @@
-"""The benchmark: `python -m bench [run | report | compare A B | dropin | exact]`.
+"""The benchmark: `python -m bench [run | report | compare A B | dropin | exact | compression |
+generative]`.
 
 `run` (what is done when nothing is said) times nicefast beside plain half-split PyTorch, the same
 under torch.compile, and the couplings of nflows, normflows, FrEIA and zuko: the same weights, in
 turn in one process, everybody behind a gate against float64. Each measurement is a JSON line in
 bench/results/DEVICE/, written as soon as it is made: an interrupted run keeps what it measured.
 `report` makes tables and pictures of them; `compare` two runs; `dropin` times what
-`nf.accelerate` gains, `exact` what an exact inverse costs. See `python -m bench run --help`.
+`nf.accelerate` gains, `exact` what an exact inverse costs, `compression` how many bits
+images take, `generative` sets NICE beside other models. See `python -m bench run --help`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from . import compare, dropin, exactness, measure, records, report, timing
+from . import compare, compression, dropin, exactness, measure, records, report, timing
 from .gate import Gate
 from .providers import PEERS, PRECISIONS, PROVIDERS, make_weights
 from .timing import ALLOCATORS
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report.main,
         "compare": compare.main,
         "dropin": dropin.main,
+        "generative": _generative,
         "exact": exactness.main,
+        "compression": compression.main,
     }
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
@@ -55,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m bench: must be one of {known}, got {arguments[0]!r}", file=sys.stderr)
         return 2
     return run(arguments)
+
+
+def _generative(arguments: Sequence[str]) -> int:
+    from .generative import command  # needs scikit-learn, which the others do not
+
+    return command.main(arguments)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from ._version import __version__
 from .backend import get_backend, set_backend
 from .checkpoint import load, save
 from .compat import accelerate, convert, restore
+from .export import export_onnx, export_program
 from .flow import NICE
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition
@@ -21,6 +22,8 @@ __all__ = [
     "accelerate",
     "choose_path",
     "convert",
+    "export_onnx",
+    "export_program",
     "functional",
     "get_backend",
     "load",

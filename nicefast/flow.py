@@ -122,12 +122,13 @@ class NICE(nn.Module):
     def with_grid(self, grid: float | None) -> NICE:
         """A copy of the flow whose inverse is exact, bit for bit (None: a copy that is not).
 
-        x is rounded to multiples of ``grid`` once, and so is every shift (half to even; gradients
-        go straight through). Adding multiples of a power of two is exact within 2^24 of them
-        (2^53 in float64), so ``inverse(forward(x))`` is the rounded x, at any depth, for any
-        weights, batch size and precision policy, since the conditioners are computed in integer
-        arithmetic: see :mod:`nicefast.exact`. A conditioner that is no plain :class:`nicefast.MLP`
-        sees one row at a time, and is exact where it does the same every time: not with dropout.
+        x is rounded to multiples of ``grid`` once, which moves it by ``grid / 2`` at most, and so
+        is every shift (half to even; gradients go straight through). Adding multiples of a power
+        of two is exact within 2^24 of them (2^53 in float64), so ``inverse(forward(x))`` is the
+        rounded x, at any depth, for any weights, batch size and precision policy, since the
+        conditioners are computed in integer arithmetic: see :mod:`nicefast.exact`. A conditioner
+        that is no plain :class:`nicefast.MLP` sees one row at a time, and is exact where it does
+        the same every time: not with dropout.
         Training keeps nothing but the result: activations are rebuilt, with the same bits.
 
         A scaling would leave the grid: it lives in the prior, which has the scale

@@ -1,5 +1,7 @@
 """Exported flows, read where nicefast cannot be imported, against the flow itself."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +9,6 @@ import pytest
 import torch
 
 import nicefast as nf
-from nicefast.export import export_onnx, export_program
 
 # runs an exported file where importing nicefast fails
 READER = """
@@ -18,12 +19,17 @@ class Blocker:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Blocker())
 import torch
-program = torch.export.load(sys.argv[1])
-targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
-assert all(t.startswith(("aten.", "<built-in")) for t in targets), targets
-call = program.module()
-calls = torch.load(sys.argv[2], weights_only=True)
-torch.save([call(*arguments) for arguments in calls], sys.argv[3])
+results = []
+for path, given in torch.load("calls", weights_only=True):
+    if path.startswith("package"):
+        call = torch._inductor.aoti_load_package(path)
+    else:
+        program = torch.export.load(path)
+        targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+        assert all(t.startswith(("aten.", "<built-in")) for t in targets), targets
+        call = program.module()
+    results.append([call(*arguments) for arguments in given])
+torch.save(results, "results")
 assert not any(name.split(".")[0] == "nicefast" for name in sys.modules)
 """
 ROWS = (0, 1, 5, 300)
@@ -32,7 +38,7 @@ SEED = 2**62 + 12345678901
 
 def flow(event_shape=(1, 5, 3), dtype=torch.float32, **options):
     torch.manual_seed(0)
-    model = nf.NICE(event_shape, hidden=(8, 8), **options)
+    model = nf.NICE(event_shape, hidden=(8,), couplings=2, **options)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -44,7 +50,9 @@ def arguments(model, method, n):
     context = (torch.randn(n, model.context, dtype=model.dtype),) if model.context else ()
     if method == "sample":
         return (torch.arange(n) + 7, torch.tensor(SEED), *context)
-    return (torch.randn(n, *model.event_shape, dtype=model.dtype), *context)
+    x = torch.randn(n, *model.event_shape, dtype=model.dtype)
+    x[1:2] *= 1e3  # where the prior's tail is all that counts
+    return (x, *context)
 
 
 @torch.no_grad()
@@ -72,37 +80,60 @@ def check(got, want):
 
 
 CASES = [
-    pytest.param({}, "log_prob", id="log_prob"),
-    pytest.param({"context": 2, "partition": "random"}, "sample", id="sample, context"),
-    pytest.param(
-        {"prior": "normal", "context": 2, "dtype": torch.float64, "dropout": 0.5},
+    ({}, "log_prob"),
+    ({"context": 2, "partition": "random"}, "sample"),
+    (
+        {
+            "prior": "normal",
+            "context": 2,
+            "dtype": torch.float64,
+            "dropout": 0.5,
+            "partition": "checkerboard",
+        },
         "log_prob",
-        id="float64, normal, context",
     ),
-    pytest.param({"prior": "normal", "dtype": torch.float64}, "sample", id="float64, normal"),
+    ({"prior": "normal", "dtype": torch.float64, "partition": "half"}, "sample"),
 ]
 
 
-@pytest.mark.parametrize(("options", "method"), CASES)
-def test_a_program_runs_without_nicefast(tmp_path, options, method):
-    model = flow(**options)
-    export_program(model, tmp_path / "flow.pt2", method)
-    assert model.training
-    assert all(p.requires_grad for p in model.parameters())
-    model.eval()
-    calls = [arguments(model, method, n) for n in ROWS]
-    torch.save(calls, tmp_path / "calls")
-    files = [str(tmp_path / name) for name in ("flow.pt2", "calls", "results")]
-    subprocess.run([sys.executable, "-c", READER, *files], check=True, cwd=tmp_path)
-    for given, got in zip(calls, torch.load(tmp_path / "results"), strict=True):
-        check(got, expected(model, method, given))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["calls", "flow.pt2", "results"]
+def run_elsewhere(folder, cases, kind="program"):
+    """Export each flow, call all files in another process, and compare."""
+    models, calls = [], []
+    for i, (options, method) in enumerate(cases):
+        model = flow(**options)
+        path = f"{kind}{i}.pt2"
+        nf.export_program(model, folder / path, method, compiled=kind == "package")
+        assert model.training
+        assert all(p.requires_grad for p in model.parameters())
+        models.append((model.eval(), method))
+        calls.append((path, [arguments(model, method, n) for n in ROWS]))
+    torch.save(calls, folder / "calls")
+    subprocess.run([sys.executable, "-c", READER], check=True, cwd=folder)
+    results = torch.load(folder / "results")
+    for (model, method), (_, given), got in zip(models, calls, results, strict=True):
+        for one, result in zip(given, got, strict=True):
+            check(result, expected(model, method, one))
+    assert {p.name for p in folder.iterdir()} == {"calls", "results", *(path for path, _ in calls)}
+
+
+def test_programs_run_without_nicefast(tmp_path):
+    run_elsewhere(tmp_path, CASES)
+
+
+def test_a_package_runs_without_nicefast(tmp_path):
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++")):
+        pytest.skip("needs a C++ compiler")
+    run_elsewhere(tmp_path, [({"context": 2}, "log_prob")], "package")
 
 
 @pytest.mark.parametrize(
     ("options", "method"),
     [
-        pytest.param({"context": 2}, "log_prob", id="log_prob, context"),
+        pytest.param(
+            {"event_shape": (1, 8, 8), "context": 2, "partition": "checkerboard"},
+            "log_prob",
+            id="log_prob, context",
+        ),
         pytest.param({"partition": "random"}, "sample", id="sample"),
     ],
 )
@@ -111,7 +142,7 @@ def test_onnxruntime_agrees(tmp_path, options, method):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = flow(**options)
-    export_onnx(model, tmp_path / "flow.onnx", method)
+    nf.export_onnx(model, tmp_path / "flow.onnx", method)
     assert [p.name for p in tmp_path.iterdir()] == ["flow.onnx"]
     session = runtime.InferenceSession(tmp_path / "flow.onnx")
     names = [i.name for i in session.get_inputs()]
@@ -124,17 +155,28 @@ def test_onnxruntime_agrees(tmp_path, options, method):
         check(torch.from_numpy(got), expected(model, method, given))
 
 
+def odd_coupling():
+    class Odd(nf.AdditiveCoupling):
+        pass
+
+    model = nf.NICE(2, hidden=(2,))
+    model.couplings[1].__class__ = Odd
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"model": torch.nn.Linear(2, 2)}, TypeError, r"model must be a nicefast\.NICE, got Linea"),
         ({"method": "forward"}, ValueError, "method must be one of log_prob, sample, got 'forward"),
         ({"path": "flow.txt"}, ValueError, r"path must end in \.(pt2|onnx), got 'flow\.txt'"),
+        ({"model": nf.NICE(2, hidden=(2,), grid=0.25)}, ValueError, "must have no grid, got 0.25"),
+        ({"model": odd_coupling()}, ValueError, r"coupling 1 is of another class \(Odd\), or"),
     ],
 )
 def test_arguments(change, error, message):
-    for export, path in ((export_program, "flow.pt2"), (export_onnx, "flow.onnx")):
-        if export is export_onnx:
+    for export, path in ((nf.export_program, "flow.pt2"), (nf.export_onnx, "flow.onnx")):
+        if export is nf.export_onnx:
             pytest.importorskip("onnxscript")
         with pytest.raises(error, match=message):
             export(**{"model": nf.NICE(2, hidden=(2,)), "path": path, **change})
@@ -151,6 +193,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.export, "save", fail)
     with pytest.raises(OSError, match="full"):
-        export_program(nf.NICE(2, hidden=(2,), couplings=1), path)
+        nf.export_program(nf.NICE(2, hidden=(2,), couplings=1), path)
     assert [p.name for p in tmp_path.iterdir()] == ["flow.pt2"]
     assert path.read_bytes() == b"old"

@@ -1,5 +1,6 @@
-"""normflows: its `AffineCouplingBlock` with scale=False and `MaskedAffineFlow` with s=None, fast;
-nicefast's coupling, scaling and logistic prior as its classes. A Flow's forward is latent -> data.
+"""normflows: its `AffineCoupling` and `AffineCouplingBlock` with scale=False and its
+`MaskedAffineFlow` with s=None, fast; nicefast's coupling, scaling and logistic prior as its
+classes. A Flow's forward is latent -> data.
 """
 
 from __future__ import annotations
@@ -22,6 +23,33 @@ from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
 from .coupling import couple, is_traced, kept_partition, shifted, split, zero_log_det
 from .parts import Event, normflows_half
+
+
+class AffineCoupling(theirs.AffineCoupling):  # type: ignore[misc]
+    """:class:`normflows.flows.AffineCoupling` with ``scale=False``: halves z = [z1, z2], in and out
+    apart. One sum and no branches: there are no features to move.
+
+    >>> import torch
+    >>> from nicefast.compat.normflows import AffineCoupling
+    >>> z = [torch.randn(3, 2), torch.randn(3, 2)]
+    >>> (z1, z2), log_det = AffineCoupling(torch.nn.Linear(2, 2), scale=False)(z)
+    >>> z1 is z[0], log_det
+    (True, tensor([0., 0., 0.]))
+    """
+
+    def forward(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        if self.scale:
+            return super().forward(z)
+        z1, z2 = z
+        z2 = z2 + self.param_map(z1)
+        return [z1, z2], zero_log_det(z2)
+
+    def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        if self.scale:
+            return super().inverse(z)
+        z1, z2 = z
+        z2 = z2 - self.param_map(z1)
+        return [z1, z2], zero_log_det(z2)
 
 
 class AffineCouplingBlock(theirs.AffineCouplingBlock):  # type: ignore[misc]
@@ -139,9 +167,7 @@ def recognise(module: Any) -> type[nn.Module] | str:
     if kind is theirs.AffineCouplingBlock:
         return _block(module.flows) or AffineCouplingBlock
     if kind is theirs.AffineCoupling:
-        if module.scale:
-            return "not additive: it scales"
-        return "nothing to gain: its halves come and go apart"
+        return "not additive: it scales" if module.scale else AffineCoupling
     if kind is theirs.MaskedAffineFlow:
         if _by_mask(module.b) is None:
             return "its mask b is not of zeros and ones, both"

@@ -65,8 +65,8 @@ class Acceleration:
 def accelerate(module: nn.Module) -> Acceleration:
     """Make the additive couplings within ``module`` fast, whichever library they come from.
 
-    Knows nflows' ``AdditiveCouplingTransform``; normflows' ``AffineCouplingBlock`` with
-    ``scale=False`` and ``MaskedAffineFlow`` with ``s=None``; zuko's
+    Knows nflows' ``AdditiveCouplingTransform``; normflows' ``AffineCoupling`` and
+    ``AffineCouplingBlock`` with ``scale=False`` and ``MaskedAffineFlow`` with ``s=None``; zuko's
     ``GeneralCouplingTransform`` with ``AdditiveTransform``; FrEIA's ``NICECouplingBlock``. They
     stay the same objects with the same parameters, names in ``state_dict``, directions, shapes and
     errors, and give the same values, log-determinants, gradients and samples, to rounding;

@@ -4,13 +4,14 @@ results; nicefast's coupling, scaling and logistic prior as its lazy classes."""
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Transform
 from zuko import transforms
 from zuko.flows import coupling as theirs
-from zuko.lazy import LazyTransform, UnconditionalDistribution
+from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.utils import broadcast
 
 from ..partition import Partition
@@ -20,6 +21,7 @@ from .distributions import CouplingTransform as _CouplingTransform
 from .distributions import ScalingTransform as _ScalingTransform
 
 _Sides = tuple[Partition, Tensor, Tensor]
+_ADDITIVE: dict[str, Any] = {"univariate": transforms.AdditiveTransform, "shapes": [()]}
 
 
 class CouplingTransform(transforms.CouplingTransform):  # type: ignore[misc]
@@ -152,3 +154,46 @@ class Logistic(UnconditionalDistribution):  # type: ignore[misc]
 
 def _rows(loc: Tensor, scale: Tensor) -> Independent:
     return Independent(_Logistic(loc, scale), 1)
+
+
+class NICE(Flow):  # type: ignore[misc]
+    """NICE as a flow of zuko: additive couplings, a scaling and the logistic prior.
+
+    :class:`zuko.flows.NICE` has affine couplings and a normal base; this has those of the paper
+    (Dinh et al. 2014, sections 3.2 to 3.4), and goes through :func:`nicefast.convert`.
+
+    Args:
+        features: D.
+        context: features of the context, 0 for none.
+        transforms: how many couplings.
+        randmask: random masks; else odd and even features condition in turn.
+        kwargs: of :class:`zuko.nn.MLP`, as ``hidden_features`` and ``activation``.
+
+    Called with a context c (..., K) or None it gives a distribution of x (..., D). ValueError for
+    fewer than 2 features.
+
+    >>> import torch
+    >>> from nicefast.compat.zuko import NICE
+    >>> flow = NICE(3, context=2, hidden_features=(16, 16))
+    >>> flow(torch.randn(5, 2)).log_prob(torch.randn(5, 3)).shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        transforms: int = 3,
+        randmask: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if features < 2:
+            raise ValueError(f"features must be at least 2, got {features!r}")
+        couplings = []
+        for i in range(transforms):
+            order = torch.randperm(features) if randmask else torch.arange(features)
+            mask = order % 2 == i % 2
+            couplings.append(
+                GeneralCouplingTransform(features, context, mask, **_ADDITIVE, **kwargs)
+            )
+        super().__init__([*couplings, Scaling(features)], Logistic(features))

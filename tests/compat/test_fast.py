@@ -90,6 +90,15 @@ def block_flow(mode, d=D):
     return normal_flow(made, d)
 
 
+def halves_flow(d=D):
+    """Couplings of halves that come and go apart."""
+    flows = []
+    for _ in range(3):
+        coupling = normflows.flows.AffineCoupling(Net(-(-d // 2), d // 2), scale=False)
+        flows += [normflows.flows.Split("channel"), coupling, normflows.flows.Merge("channel")]
+    return normal_flow(flows, d)
+
+
 def masked_flow(d=D):
     made = [normflows.flows.MaskedAffineFlow(m.float(), Net(d, d)) for m in masks(d)]
     return normal_flow(made, d)
@@ -129,6 +138,7 @@ CASES = {
     "channel_inv": (lambda d=D: block_flow("channel_inv", d), normflows_calls, 3),
     "checkerboard": (lambda d=D: block_flow("checkerboard", d + d % 2), normflows_calls, 3),
     "checkerboard_inv": (lambda d=D: block_flow("checkerboard_inv", d + d % 2), normflows_calls, 3),
+    "halves": (halves_flow, normflows_calls, 3),
     "masked": (masked_flow, normflows_calls, 3),
     "zuko": (zuko_flow, zuko_calls, 3),
     "freia": (freia_flow, freia_calls, 2),
@@ -211,6 +221,11 @@ def test_images_in_normflows(name, dtype):
     nf.accelerate(after)
     x = torch.randn(3, 5, 4, 6, dtype=dtype, requires_grad=True)
     assert_same(before, after, [lambda m: m(x), lambda m: m.inverse(x)], dtype, x)
+
+
+def test_halves_that_are_scaled_are_left_alone():
+    report = nf.accelerate(normflows.flows.AffineCoupling(Net(3, 6)))
+    assert report.left == (("", "AffineCoupling", "not additive: it scales"),)
 
 
 def test_images_elsewhere():

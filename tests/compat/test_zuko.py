@@ -257,3 +257,30 @@ def test_native_classes_in_a_flow_of_zuko(dtype):
     ladj = one.log_abs_det_jacobian(X[0].to(dtype), None)
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], ladj)
     torch.testing.assert_close(one.inv(one(X.to(dtype))), X.to(dtype))
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_nice(context):
+    torch.manual_seed(0)
+    flow = own.NICE(5, context, transforms=4, randmask=True, hidden_features=(8,))
+    with torch.no_grad():
+        flow.transform.transforms[-1].log_scale.normal_()
+    c = torch.randn(3, context) if context else None
+    d = flow(c)
+    x, log_prob = d.rsample_and_log_prob((7, 3)[: 2 - bool(context)])
+    torch.testing.assert_close(d.log_prob(x), log_prob, rtol=1e-4, atol=1e-4)
+    one = d.transform if c is None else flow(c[0]).transform
+    z = one(X[:, :5])
+    by_hand = -2 * nn.functional.softplus(z.abs()).sum(-1) + z.abs().sum(-1)
+    by_hand += flow.transform.transforms[-1].log_scale.sum()
+    own_log_prob = flow(c if c is None else c[0]).log_prob(X[:, :5])
+    torch.testing.assert_close(own_log_prob, by_hand, rtol=1e-4, atol=1e-4)
+    converted = nf.convert(flow)
+    assert (converted.prior_name, len(converted.couplings)) == ("logistic", 4)
+    given = (X[:, :5],) if c is None else (X[:, :5], c[0].expand(4, -1))
+    torch.testing.assert_close(converted.log_prob(*given), own_log_prob, rtol=1e-4, atol=1e-4)
+    assert [r.reason for r in nf.accelerate(flow).left] == ["fast already"] * 4
+    own_log_prob.sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+    with pytest.raises(ValueError, match="features must be at least 2, got 1"):
+        own.NICE(1)
