@@ -11,10 +11,11 @@ multiplications and divisions, which IEEE 754 defines to the last bit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,24 @@ BLOCK_ELEMENTS = 1 << 19  # of one activation, in float64
 LEAST_ELEMENTS = 1 << 16  # below this, rows are not worth the hand-over to threads
 GPU_ELEMENTS = 1 << 26
 SUM_BITS = 53  # of integers that float64 adds exactly
+P = ParamSpec("P")
+T = TypeVar("T")
 LARGEST = 450  # exponent of operands: with its square, and the bits, still within float64
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, which a compiler leaves alone: it may fuse a product with a sum, and that
+    rounds differently. Marked when it is first called, since that takes PyTorch a second."""
+
+    marked: list[Callable[P, T]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not marked:
+            marked.append(torch.compiler.disable(function))
+        return marked[0](*args, **kwargs)
+
+    return call
 
 
 def check_grid(grid: float) -> float:
@@ -73,7 +91,7 @@ def round_to_grid(x: Tensor, grid: float, down: bool = False) -> Tensor:
     return _Round.apply(x, grid, down)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def check_range(name: str, y: Tensor, before: Tensor, grid: float) -> None:
     """ValueError where a row of ``y`` (N, D) is outside the range in which the grid is exact.
 
@@ -212,8 +230,7 @@ class _Kept(NamedTuple):
     masks: list[Tensor]
 
 
-# a compiler may fuse a product with a sum, which rounds differently
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def mlp(
     parameters: Sequence[tuple[Tensor, Tensor]],
     activation: str,

@@ -432,7 +432,7 @@ class NICE(nn.Module):
             )
         self.check_context(context)
         batch = self._batch_shape(x)
-        rows = x.reshape(batch.numel(), self.features).to(at_least_float32(x.dtype))
+        rows = x.reshape(math.prod(batch), self.features).to(at_least_float32(x.dtype))
         if context is None:
             return rows, None
         try:
@@ -442,7 +442,7 @@ class NICE(nn.Module):
                 f"context must have leading dimensions that broadcast to those of {name}, "
                 f"{tuple(batch)}, got shape {tuple(context.shape)}"
             ) from None
-        return rows, context.reshape(batch.numel(), self.context)
+        return rows, context.reshape(math.prod(batch), self.context)
 
     def _noise(self, n: int, seed: int, row_offset: int) -> Tensor:
         h = F.sample_prior(

@@ -206,7 +206,8 @@ class AdditiveCoupling(nn.Module):
             mlp = cast("MLP", self.conditioner)
             mlp.check_context(context)
             drop = partial(_dropout, p=mlp.dropout) if mlp.drops else None
-            shift = exact.mlp(layers, mlp.activation, rows[0], *rows[1:], drop=drop)
+            c = None if context is None else rows[1]
+            shift = exact.mlp(layers, mlp.activation, rows[0], c, drop)
         shift = shift.view(*x1.shape[:-1], shift.shape[-1])
         return exact.round_to_grid(shift.to(x1.dtype), self.grid)
 

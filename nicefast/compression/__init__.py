@@ -81,7 +81,7 @@ def compress(
     out = Path(out)
     _check_out(out, overwrite)
     codec, found = _codec(model, preprocessing), open_source(source)
-    if found.features != codec.features:
+    if found.features != codec.features and (found.size or found.features):
         raise ValueError(
             f"input {source} must have rows of {codec.features} values, as the model does, "
             f"got {found.features}"
@@ -96,7 +96,11 @@ def compress(
             writer = Writer(file, head)
             for start in range(0, found.size, codec.chunk):
                 stop = min(start + codec.chunk, found.size)
-                writer.chunk(codec.encode(found.rows(start, stop)))
+                try:
+                    writer.chunk(codec.encode(found.rows(start, stop)))
+                except ValueError as problem:
+                    among = f", rows from {start:,} on" if start else ""
+                    raise ValueError(f"input {source}{among}: {problem}") from None
             writer.finish(content)
         if not _restore(Reader(partial), codec, check, keep=False):
             raise ValueError(

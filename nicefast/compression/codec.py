@@ -145,4 +145,7 @@ class Codec:
         count = TRIAL_ROWS * self.features
         trial = (np.arange(count, dtype=np.int64) * 2_654_435_761 >> 9) % most
         latents = self._latents(trial.reshape(TRIAL_ROWS, self.features))
-        return hashlib.sha256(tables + latents.astype("<i8").tobytes()).digest()
+        words = self._coder.encode(latents)  # the coder's own rounding is part of it
+        return hashlib.sha256(
+            tables + latents.astype("<i8").tobytes() + words.astype("<u4").tobytes()
+        ).digest()

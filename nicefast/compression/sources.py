@@ -53,8 +53,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         return _png_source(path)
     if not path.is_file():
         raise FileNotFoundError(f"input {path}: no such file or folder")
-    content = read(path)
-    values = content.values
+    empty = _empty(path)
+    values = read(path).values if empty is None else empty
     if values.dtype.kind not in "iu":
         raise ValueError(
             f"input {path} must hold integers, got {values.dtype}: compression is of levels"
@@ -70,10 +70,33 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         part = values[start:stop]
         if part.dtype == np.uint64 and part.size and part.max() > np.iinfo(np.int64).max:
             raise ValueError(f"input {path} has integers beyond 2^63 in rows {start} to {stop}")
-        return part.reshape(len(part), -1).astype(np.int64)
+        return part.reshape(len(part), features).astype(np.int64)
 
     features = math.prod(values.shape[1:])
     return Source(kind, len(values), features, wrapper, rows, lambda: _file_pieces(path))
+
+
+def _empty(path: Path) -> npt.NDArray[Any] | None:
+    """The array of a file without rows, which :func:`read` refuses; None for any other file."""
+    kind, pieces = path.suffix.lower(), _file_pieces(path)
+    try:
+        start = next(pieces, b"")
+    except (OSError, EOFError, zlib.error):
+        return None
+    if kind == ".csv":
+        lines = start.decode("latin1").splitlines()
+        if len(lines) > 1 or (lines and _are_integers(lines[0].split(","))):
+            return None
+        return np.empty((0, lines[0].count(",") + 1 if lines else 0), np.int64)
+    if kind == ".npy" and start[:8] == b"\x93NUMPY\x01\0":
+        try:
+            shape, _, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(start[8:]))
+        except ValueError:
+            return None
+        return np.empty(shape, dtype) if shape[:1] == (0,) and dtype.kind in "iufb" else None
+    if start[:3] == b"\0\0\x08" and len(start) == 4 + 4 * start[3] and not any(start[4:8]):
+        return np.empty(struct.unpack(f">{start[3]}I", start[4:]), np.uint8)
+    return None
 
 
 def _file_pieces(path: Path) -> Iterator[bytes]:
@@ -210,9 +233,10 @@ def _npy_writer(count: int, features: int, wrapper: bytes) -> _Writer:
 
 def _csv_wrapper(path: Path, values: npt.NDArray[Any]) -> bytes:
     with path.open("rb") as file:
-        first = file.readline()
-        file.seek(-1, os.SEEK_END)
-        final = file.read(1) == b"\n"
+        first = final_line = file.readline()
+        for line in file:
+            final_line = line
+        final = final_line.endswith(b"\n")
     end = "\r\n" if first.endswith(b"\r\n") else "\n"
     head = first.decode()
     cells = head.strip().split(",")

@@ -101,6 +101,31 @@ def test_every_byte_comes_back(kind, tmp_path, monkeypatch):
     assert left == {"out.nf", "back", "again.nf"}
 
 
+@pytest.mark.parametrize("name", ["x.npy", "x-idx", "x.gz", "head.csv", "x.csv"])
+def test_no_rows_at_all(name, tmp_path):
+    model, steps = make((2, 3), 256 if name[-3:] != "csv" else None)
+    path = tmp_path / name
+    if name == "x.npy":
+        np.save(path, np.zeros((0, 2, 3), np.uint8))
+    else:
+        empty = idx(np.zeros((0, 2, 3), np.uint8))
+        made = {"x-idx": empty, "x.gz": gzip.compress(empty), "head.csv": b"a,b,c,d,e,f\n"}
+        path.write_bytes(made.get(name, b""))
+    done = compress(path, model, tmp_path / "out.nf", steps)
+    back = decompress(done.path, model, tmp_path / "back", steps).read_bytes()
+    assert back == (empty if name == "x.gz" else path.read_bytes())
+    assert done.rows == 0
+
+
+def test_latents_beyond_a_table_cost_no_more_than_they_should(tmp_path):
+    model = nf.NICE(64, hidden=(16,), grid=1.0)
+    steps = Preprocessing((Dequantise(None),))
+    levels = np.random.default_rng(0).integers(22, 33, (200, 64))
+    np.save(tmp_path / "x.npy", levels)
+    done = compress(tmp_path / "x.npy", model, tmp_path / "x.nf", steps)
+    assert done.bytes <= 1.02 * Codec(model, steps).bits(levels) / 8 + 64
+
+
 @pytest.mark.parametrize("bands", [1, 3])
 def test_a_folder_of_images(bands, tmp_path):
     image = pytest.importorskip("PIL.Image")
