@@ -50,7 +50,8 @@ def compress(
     The file is decoded again, and compared with the source byte for byte, before it gets its name.
     Only the same model decodes it, and only where the arithmetic is the same: conditioners of MLPs
     are, on every machine; the prior's probabilities may differ in a last place, and the file then
-    says so. Memory does not grow with the rows of IDX and .npy files and of folders.
+    says so. Memory does not grow with the rows of .npy files and of folders; IDX and .csv are read
+    whole.
 
     Args:
         source: an IDX file of uint8, an ``.npy`` of integers, a ``.csv`` of integers, or a folder

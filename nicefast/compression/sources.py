@@ -280,6 +280,10 @@ def _png_source(path: Path) -> Source:
             with image.open(path / name) as opened:
                 if opened.format != "PNG" or opened.mode not in ("L", "RGB"):
                     raise ValueError(f"expected a PNG of mode L or RGB, got mode {opened.mode}")
+                if getattr(opened, "n_frames", 1) > 1 or "transparency" in opened.info:
+                    raise ValueError(
+                        "expected one opaque picture, got several or a transparent one"
+                    )
                 found = np.asarray(opened)
         except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as problem:
             raise ValueError(f"input {path / name}: {problem}") from None
