@@ -243,6 +243,10 @@ def mlp(
     Gradients are those of ordinary arithmetic; their products follow autocast. Weights become
     integers anew in each call: they can't be out of date. ``drop`` is done to each hidden layer,
     and then the bits are its own.
+
+    >>> w, b = torch.ones(1, 2), torch.zeros(1)
+    >>> mlp([(w, b)], "relu", torch.tensor([[1.0, 2.0]]))
+    tensor([[3.]])
     """
     width = 0 if context is None else context.shape[1]
     layers = [Layer.of(w, b, 0 if i else width) for i, (w, b) in enumerate(parameters)]

@@ -400,6 +400,10 @@ class NICE(nn.Module):
         if self.grid is not None:
             given, h = h, exact.round_to_grid(h, self.grid)
             exact.check_range("z" if inverse else "x", h, given, self.grid)
+            for i, coupling in enumerate(self.couplings):
+                own = getattr(coupling, "grid", None)
+                if own != self.grid:  # one that was put in later: its shifts would not be exact
+                    raise ValueError(f"coupling {i} must have the grid {self.grid:g}, got {own}")
             return reversible.couple(self._couplings(), h, context, inverse)
         if path.chain is not None:
             return F.couple(path.chain, h, context, inverse, path.whole)

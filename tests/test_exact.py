@@ -442,6 +442,15 @@ def test_other_conditioners_see_one_row_at_a_time():
     assert model(x[:0])[0].shape == (0, 8)
 
 
+def test_a_coupling_that_was_put_in_needs_the_grid():
+    model, x = make(8), torch.randn(4, 8)
+    model.couplings[1] = nf.AdditiveCoupling(model.couplings[1].partition, Odd(4, 4))
+    with pytest.raises(ValueError, match=r"^coupling 1 must have the grid 1\.52588e-05, got None"):
+        model(x)
+    model.couplings[1].grid = GRID
+    assert same_bits(model.inverse(model(x)[0])[0].detach(), rounded(x))
+
+
 def test_hooks_are_called_and_dropout_drops():
     model, x, seen = make(8), torch.randn(4, 8), []
     model.couplings[1].register_forward_hook(lambda *a: seen.append(1))

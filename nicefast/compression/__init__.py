@@ -128,7 +128,7 @@ def decompress(
     Raises:
         ValueError: ``path`` is no compressed file, is damaged or cut off, was made with another
             model or where the arithmetic is another; ``out`` exists. Nothing is left behind.
-        OSError, ImportError: as :func:`compress`.
+        OSError, ImportError: as :func:`compress`, where an example is.
     """
     out, reader = Path(out), Reader(path)
     _check_out(out, overwrite)
