@@ -7,6 +7,7 @@ differentiable PyTorch instead, so that derivatives of any order are right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
+from .narrow import NarrowFlow
 from .ops import columns_of
 from .products import Activations, Chain, couple, couple_backward
 from .reference import at_least_float32
@@ -175,6 +177,49 @@ class SamplePrior(Function):
         return grad, None, None, None, None, None
 
 
+class FlowLogProb(Function):
+    """log_prob of a narrow flow in one pass, and its gradient in another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        narrow: NarrowFlow,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        log_prob, left = narrow.log_prob(x, context, log_scale)
+        ctx.save_for_backward(x, context, log_scale, left.image)
+        ctx.narrow, ctx.left = narrow, left._replace(image=x)
+        ctx.versions = [p._version for p in parameters]
+        return log_prob
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, context, log_scale, image = ctx.saved_tensors
+        narrow: NarrowFlow = ctx.narrow
+        _check_versions(narrow.chain, ctx.versions)
+        if torch.is_grad_enabled():  # a gradient that must be differentiable itself
+            h = _couple_again(narrow.chain, x, context, inverse=False)
+            _, again = reference.scale_log_prob(h, log_scale, narrow.prior, return_z=True)
+            inputs = [x, context, log_scale, *narrow.chain.parameters]
+            return None, *_gradients_again(again, inputs, ctx.needs_input_grad[1:], grad)
+        _, wants_x, wants_context, *_ = ctx.needs_input_grad
+        left = ctx.left._replace(image=image)
+        gradients, grad_log_scale = narrow.log_prob_backward(
+            grad, x, context, log_scale, left, wants_x, wants_context
+        )
+        grad_c = gradients.context
+        return (
+            None,
+            gradients.x,
+            None if context is None or grad_c is None else grad_c.to(context.dtype),
+            grad_log_scale,
+            *gradients.parameters,
+        )
+
+
 class Couple(Function):
     """A whole chain of couplings; what is stored does not grow with their number if it rebuilds."""
 
@@ -182,7 +227,7 @@ class Couple(Function):
     def forward(
         ctx: Any,
         chain: Chain,
-        whole: WholeFlow | None,
+        whole: WholeFlow | NarrowFlow | None,
         inverse: bool,
         x: Tensor,
         context: Tensor | None,
@@ -197,7 +242,7 @@ class Couple(Function):
             y = couple(chain, x, context, inverse, activations)
         ctx.save_for_backward(x, context)
         # not among the saved tensors: they are the model's, and no copies of anything
-        ctx.chain, ctx.inverse, ctx.activations = chain, inverse, activations
+        ctx.chain, ctx.whole, ctx.inverse, ctx.activations = chain, whole, inverse, activations
         ctx.versions = [p._version for p in parameters]
         return y
 
@@ -205,30 +250,21 @@ class Couple(Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         x, context = ctx.saved_tensors
         chain: Chain = ctx.chain
-        if ctx.versions != [p._version for p in chain.parameters]:
-            raise RuntimeError(
-                "a parameter of the flow was modified in place between forward and backward: "
-                "the gradient would be that of another flow"
-            )
+        _check_versions(chain, ctx.versions)
         if torch.is_grad_enabled():  # a gradient that must be differentiable itself
+            again = _couple_again(chain, x, context, ctx.inverse)
             inputs = [x, context, *chain.parameters]
-            wanted = [t for t, w in zip(inputs, ctx.needs_input_grad[3:], strict=True) if w]
-            features = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
-            again = reference.couple(
-                x,
-                chain.couplings,
-                [(features[side], features[1 - side]) for side in chain.conditions],
-                chain.activation,
-                ctx.inverse,
-                context,
-            )
-            found = iter(torch.autograd.grad(again, wanted, grad_y, create_graph=True))
-            grads = [next(found) if w else None for w in ctx.needs_input_grad[3:]]
+            grads = _gradients_again(again, inputs, ctx.needs_input_grad[3:], grad_y)
             return None, None, None, *grads
         _, _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
-        gradients = couple_backward(
-            chain, grad_y, x, context, ctx.inverse, ctx.activations, wants_x, wants_context
-        )
+        if ctx.whole is not None:
+            gradients = ctx.whole.couple_backward(
+                grad_y, x, context, ctx.inverse, wants_x, wants_context
+            )
+        else:
+            gradients = couple_backward(
+                chain, grad_y, x, context, ctx.inverse, ctx.activations, wants_x, wants_context
+            )
         grad_c = gradients.context
         return (
             None,
@@ -238,3 +274,33 @@ class Couple(Function):
             None if context is None or grad_c is None else grad_c.to(context.dtype),
             *gradients.parameters,
         )
+
+
+def _check_versions(chain: Chain, versions: list[int]) -> None:
+    if versions != [p._version for p in chain.parameters]:
+        raise RuntimeError(
+            "a parameter of the flow was modified in place between forward and backward: "
+            "the gradient would be that of another flow"
+        )
+
+
+def _couple_again(chain: Chain, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+    """Rows through the couplings in plain PyTorch."""
+    features = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
+    return reference.couple(
+        x,
+        chain.couplings,
+        [(features[side], features[1 - side]) for side in chain.conditions],
+        chain.activation,
+        inverse,
+        context,
+    )
+
+
+def _gradients_again(
+    value: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Differentiable gradients of ``value`` for those inputs that need one."""
+    wanted = [t for t, w in zip(inputs, needed, strict=True) if w and t is not None]
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
+    return [next(found) if w else None for w in needed]

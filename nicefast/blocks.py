@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
 import torch
 
+S = TypeVar("S")
 T = TypeVar("T")
 MOST_THREADS = 8  # Python hands out the work: more threads would wait for its lock
 
@@ -39,21 +42,49 @@ class Blocks:
         self.size = max(1, -(-rows // count))
         self.rows, self.device = rows, device
 
+    def describe(self) -> str:
+        """For people."""
+        return (
+            f"{self.rows} rows in {len(self)} blocks of at most {self.size}, "
+            f"{self.threads} in flight"
+        )
+
     def __len__(self) -> int:
         return (self.rows + self.size - 1) // self.size
 
     def __getitem__(self, i: int) -> slice:
         return slice(i * self.size, min((i + 1) * self.size, self.rows))
 
+    def hand_out(self, work: Callable[[Iterable[int]], None]) -> None:
+        """``work(blocks)`` in each thread, which takes one block after the other as it is ready
+        for it: a core that others slow down gets fewer. See :meth:`deal`."""
+        waiting = deque(range(len(self)))
+
+        def blocks() -> Iterator[int]:
+            with suppress(IndexError):  # none is left
+                while True:
+                    yield waiting.popleft()
+
+        self._run(work, [blocks() for _ in range(self._parties)])
+
     def deal(self, work: Callable[[range], T]) -> list[T]:
-        """``work(share)`` for each thread's share of the blocks; results in the order of shares.
+        """``work(share)`` for each thread's share of the blocks, always the same; results in the
+        order of shares.
 
         Without gradients or autocast. A single share runs in the caller's thread, where operations
         use all of PyTorch's threads.
         """
+        parties = self._parties
+        return self._run(work, [range(i, len(self), parties) for i in range(parties)])
+
+    @property
+    def _parties(self) -> int:
+        return max(1, min(self.threads, len(self)))
+
+    def _run(self, work: Callable[[S], T], shares: list[S]) -> list[T]:
         inference = torch.is_inference_mode_enabled()
 
-        def run(share: range) -> T:
+        def run(share: S) -> T:
             with (
                 torch.inference_mode(inference),
                 torch.no_grad(),  # after it: inference_mode(False) records gradients again
@@ -62,10 +93,9 @@ class Blocks:
                 return work(share)
 
         _settle_allocator()
-        threads = max(1, min(self.threads, len(self)))
-        shares = [range(i, len(self), threads) for i in range(threads)]
         if len(shares) == 1:
-            return [run(shares[0])]
+            plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type))
+            return [(work if plain else run)(shares[0])]  # small batches feel the difference
         pool = _pool(os.getpid(), torch.get_num_threads())
         futures = [pool.submit(run, share) for share in shares]
         errors = [e for e in (future.exception() for future in futures) if e]  # waits for them all

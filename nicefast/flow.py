@@ -18,8 +18,8 @@ from .graphs import METHODS, GraphedFlow
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition, partition_chain
 from .path import Path, choose_path
+from .products import Chain
 from .reference import at_least_float32, check_prior
-from .whole import WholeFlow
 
 
 class NICE(nn.Module):
@@ -178,8 +178,8 @@ class NICE(nn.Module):
         """Data to latent: ``(z, log_det)``."""
         h, c = self.rows("x", x, context)
         path = choose_path(self, h, c)
-        if path.whole is not None and not self._records(path.whole, h, c):
-            z, _ = path.whole.forward(h, c, self.scaling.log_scale, want_z=True)
+        if path.fused is not None and not self._records(path.fused.chain, h, c):
+            z, _ = path.fused.forward(h, c, self.scaling.log_scale, want_z=True)
         else:
             z = self._couple(path, h, c)
             z = z if self.grid is not None else self.scaling(z)[0]
@@ -189,8 +189,8 @@ class NICE(nn.Module):
         """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
         h, c = self.rows("z", z, context)
         path = choose_path(self, h, c)
-        if path.whole is not None and not self._records(path.whole, h, c):
-            h = path.whole.inverse(h, c, self.scaling.log_scale)
+        if path.fused is not None and not self._records(path.fused.chain, h, c):
+            h = path.fused.inverse(h, c, self.scaling.log_scale)
         else:
             h = h if self.grid is not None else self.scaling.inverse(h)[0]
             h = self._couple(path, h, c, inverse=True)
@@ -200,7 +200,9 @@ class NICE(nn.Module):
         """Exact log-density of each x, in nats; float32 or wider."""
         h, c = self.rows("x", x, context)
         path, log_scale = choose_path(self, h, c), self.scaling.log_scale
-        if path.whole is not None and not self._records(path.whole, h, c):
+        if path.narrow is not None:
+            log_prob = F.narrow_log_prob(path.narrow, h, c, log_scale)
+        elif path.whole is not None and not self._records(path.whole.chain, h, c):
             _, log_prob = path.whole.forward(h, c, log_scale, want_log_prob=True)
         else:
             h = self._couple(path, h, c)
@@ -264,8 +266,8 @@ class NICE(nn.Module):
             rows = out[start : start + step]
             chunk = _repeat(c, n, start, start + len(rows))
             path = choose_path(self, rows, chunk)
-            if path.whole is not None:
-                rows.copy_(path.whole.sample(len(rows), start, seed, chunk, log_scale))
+            if path.fused is not None:
+                rows.copy_(path.fused.sample(len(rows), start, seed, chunk, log_scale))
                 continue
             rows.copy_(self._noise(len(rows), seed, start))
             if path.chain is not None or self.grid is not None:
@@ -390,8 +392,8 @@ class NICE(nn.Module):
                 f"got {context.device}"
             )
 
-    def _records(self, whole: WholeFlow, h: Tensor, context: Tensor | None) -> bool:
-        return F.records(h, context, self.scaling.log_scale, *whole.chain.parameters)
+    def _records(self, chain: Chain, h: Tensor, context: Tensor | None) -> bool:
+        return F.records(h, context, self.scaling.log_scale, *chain.parameters)
 
     def _couple(
         self, path: Path, h: Tensor, context: Tensor | None, inverse: bool = False
@@ -406,7 +408,7 @@ class NICE(nn.Module):
                     raise ValueError(f"coupling {i} must have the grid {self.grid:g}, got {own}")
             return reversible.couple(self._couplings(), h, context, inverse)
         if path.chain is not None:
-            return F.couple(path.chain, h, context, inverse, path.whole)
+            return F.couple(path.chain, h, context, inverse, path.fused)
         for coupling in reversed(self._couplings()) if inverse else self._couplings():
             h, _ = coupling.inverse(h, context) if inverse else coupling(h, context)
         return h

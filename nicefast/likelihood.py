@@ -10,6 +10,7 @@ faults than in arithmetic. With the logistic prior,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,28 +34,42 @@ def scale_log_prob(
     z = h.new_empty((n, d) if return_z else (0,))
     log_prob = h.new_empty(n)
     scale = log_scale.exp()
-    constant = log_scale.sum() - (0 if prior == "logistic" else d / 2 * math.log(2 * math.pi))
+    rest = constant(log_scale, prior)
     cut = _blocks(h)
 
-    def work(share: range) -> None:
+    def work(share: Iterable[int]) -> None:
         first, second, third = (h.new_empty(cut.size, d) for _ in range(3))
         for i in share:
-            rows = cut[i]
-            count = len(log_prob[rows])
+            rows, out = cut[i], log_prob[cut[i]]
+            count = len(out)
             b_z = torch.mul(h[rows], scale, out=z[rows] if return_z else first[:count])
-            if prior == "logistic":
-                b_a = torch.abs(b_z, out=first[:count])
-                torch.ops.aten.log_sigmoid_forward.output(
-                    b_a, output=second[:count], buffer=third[:count]
-                )
-                torch.sum(second[:count], 1, out=log_prob[rows]).mul_(2).sub_(b_a.sum(1))
-            else:
-                squares = torch.mul(b_z, b_z, out=second[:count])
-                torch.sum(squares, 1, out=log_prob[rows]).mul_(-0.5)
-            log_prob[rows] += constant
+            sum_log_prior(b_z, prior, 1, out, first[:count], second[:count], third[:count])
+            out += rest
 
-    cut.deal(work)
+    cut.hand_out(work)
     return z, log_prob
+
+
+def constant(log_scale: Tensor, prior: str) -> Tensor:
+    """What :func:`sum_log_prior` leaves out of log_prob, the same for every row."""
+    if prior == "logistic":
+        return log_scale.sum()
+    return log_scale.sum() - log_scale.numel() / 2 * math.log(2 * math.pi)
+
+
+def sum_log_prior(
+    z: Tensor, prior: str, dim: int, out: Tensor, first: Tensor, second: Tensor, third: Tensor
+) -> None:
+    """The prior's log-density of ``z`` summed over ``dim``, but for constants, to ``out``.
+
+    Buffers of z's shape are written over; ``first`` may be z itself.
+    """
+    if prior == "logistic":
+        size = torch.abs(z, out=first)
+        torch.ops.aten.log_sigmoid_forward.output(size, output=second, buffer=third)
+        torch.sum(second, dim, out=out).mul_(2).sub_(size.sum(dim))
+    else:
+        torch.sum(torch.mul(z, z, out=second), dim, out=out).mul_(-0.5)
 
 
 def scale_log_prob_backward(
@@ -72,11 +87,7 @@ def scale_log_prob_backward(
             rows = cut[i]
             g = grad_log_prob[rows, None]
             b_z = torch.mul(h[rows], scale, out=first[: len(g)])
-            b_a = second[: len(g)]
-            if prior == "logistic":
-                torch.mul(b_z, 0.5, out=b_a).tanh_().mul_(-g)
-            else:
-                torch.mul(b_z, -g, out=b_a)
+            b_a = score(b_z, prior, out=second[: len(g)]).mul_(g)
             if grad_z is not None:
                 b_a += grad_z[rows]
             torch.mul(b_a, scale, out=grad_h[rows])
@@ -87,6 +98,13 @@ def scale_log_prob_backward(
     for other in others:
         total += other
     return grad_h, total
+
+
+def score(z: Tensor, prior: str, out: Tensor | None = None) -> Tensor:
+    """The derivative of the prior's log-density at each entry of ``z``; a new tensor or ``out``."""
+    if prior == "logistic":
+        return torch.mul(z, -0.5, out=out).tanh_()
+    return torch.neg(z, out=out)
 
 
 def _blocks(h: Tensor) -> Blocks:

@@ -94,6 +94,7 @@ def check_log_scale(log_scale: Tensor) -> None:
         log_scale.device.type != "cpu"
         or torch.compiler.is_compiling()
         or torch._C._functorch.is_functorch_wrapped_tensor(log_scale)
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     ):
         return
     finite = torch.isfinite(log_scale)

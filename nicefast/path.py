@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import backend
 from .layers import MLP, AdditiveCoupling, Scaling, is_watched, plain_layers
+from .narrow import NarrowFlow
 from .products import Chain, Layers
 from .roofline import DEVICES, ceilings, layers_work
 from .whole import WholeFlow
@@ -34,13 +35,20 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Path(NamedTuple):
-    """The way a call takes: ``whole`` where one kernel does everything, ``chain`` where the
-    couplings go through products in one piece, as they do in the gradient of a whole flow."""
+    """The way a call takes: ``whole`` where one kernel does everything, ``narrow`` where one pass
+    over blocks of rows on their side does, ``chain`` where the couplings go through products in one
+    piece, as they do in the gradient of a whole flow."""
 
     name: str
     reason: str
     chain: Chain | None = None
     whole: WholeFlow | None = None
+    narrow: NarrowFlow | None = None
+
+    @property
+    def fused(self) -> WholeFlow | NarrowFlow | None:
+        """What takes rows all the way from x to log_prob."""
+        return self.whole if self.whole is not None else self.narrow
 
     def describe(self, rows: int, features: int, device: torch.device) -> str:
         """Path, tile or blocks, precision, products, bytes, and the least time for each row."""
@@ -48,28 +56,21 @@ class Path(NamedTuple):
             return f"{self.name}: {self.reason}"
         chain = self.chain
         operands = "bfloat16" if chain.bfloat16 else "float32"
-        if self.whole is not None:
-            tile = self.whole.tile
-            pieces = (
-                f"{rows} rows in one launch, tiles of {tile.rows} rows and {tile.warps} warps, "
-                f"features padded to {tile.features}, hidden layers to {tile.hidden}, products by "
-                f"{tile.products}"
-            )
+        if self.fused is not None:
+            pieces = self.fused.pieces(rows)
         else:
-            cut = chain.cut(rows, device)
-            pieces = (
-                f"{rows} rows in {len(cut)} blocks of at most {cut.size}, {cut.threads} in flight"
-            )
+            pieces = chain.cut(rows, device).describe()
         widths = [(w[0][0].shape[1], *(b.shape[0] for _, b in w)) for w in chain.couplings]
         work = layers_work(rows, features, widths, "log_prob", chain.context)
         precision = torch.get_float32_matmul_precision()
         measured = ceilings(device, chain.bfloat16, precision)
-        if self.whole is not None and self.whole.tile.products == "tf32x3":
+        kind = "bf16" if chain.bfloat16 else KERNEL_PRECISION[precision]
+        if self.whole is not None:
+            kind = self.whole.tile.products
+        if kind == "tf32x3":
             # three products of TF32, each at half the rate of bfloat16
             sixth = ceilings(device, True, precision).flops / 6
             measured = measured._replace(flops=max(measured.flops, sixth))
-        kind = "bf16" if chain.bfloat16 else KERNEL_PRECISION[precision]
-        kind = self.whole.tile.products if self.whole is not None else kind
         elsewhere = ", ".join(
             f"{name} {published.ceilings(kind).seconds(*work) * 1e3:.3g} ms"
             for name, published in DEVICES.items()
@@ -125,7 +126,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
         return Path(LAYERS, chain)
     reason = "every coupling is an MLP's, on one partition"
     if not backend.uses_kernels(x.device):
-        return Path("products", reason, chain)
+        return Path("products", reason, chain, narrow=_narrow(chain, flow, x.device))
     whole = _whole(chain, flow, x)
     if isinstance(whole, WholeFlow):
         return Path("whole flow", f"{reason}, and narrow", whole.chain, whole)
@@ -136,10 +137,9 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
 
 def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     """The kernel for the whole flow, or why there is none."""
-    if type(flow.scaling) is not Scaling or is_watched(flow.scaling):
-        return "the scaling is a module of its own, or has hooks"
-    if flow.scaling.log_scale.dtype != torch.float32:
-        return f"log_scale is {flow.scaling.log_scale.dtype}"
+    reason = _why_scaling_is_apart(flow.scaling)
+    if reason is not None:
+        return reason
     hidden = [tuple(b.shape[0] for _, b in layers[:-1]) for layers in chain.couplings]
     for i, own in enumerate(hidden):
         if own != hidden[0]:
@@ -161,6 +161,24 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
         return tile
     # whatever the width: the kernel leaves no activations
     return WholeFlow(replace(chain, rebuild=True), shape, tile, x.device)
+
+
+def _narrow(chain: Chain, flow: Flow, device: torch.device) -> NarrowFlow | None:
+    """The whole flow in one pass over rows on their side, where a CPU is fastest so."""
+    if device.type != "cpu" or chain.bfloat16 or not chain.rebuild:
+        return None
+    if _why_scaling_is_apart(flow.scaling) is not None:
+        return None
+    return NarrowFlow(chain, flow.prior_name)
+
+
+def _why_scaling_is_apart(scaling: nn.Module) -> str | None:
+    """Why nothing but a call of the module itself can be trusted to scale."""
+    if type(scaling) is not Scaling or is_watched(scaling):
+        return "the scaling is a module of its own, or has hooks"
+    if scaling.log_scale.dtype != torch.float32:
+        return f"log_scale is {scaling.log_scale.dtype}"
+    return None
 
 
 def _why_exact(flow: Flow, grid: float) -> str:

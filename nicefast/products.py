@@ -15,7 +15,7 @@ flow's (64 couplings with weights that double a vector's length are enough in fl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,8 +33,8 @@ ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its produc
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
 ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this
 ROWS_PER_WIDTH = 16
+FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
 REBUILT_ELEMENTS = 1 << 23  # of all activations of a block
-WIDE_SUM = 1 << 10  # rows: with fewer, a sum in float64 costs next to nothing
 GPU_ELEMENTS = 1 << 28  # of one activation on a GPU
 
 
@@ -49,14 +49,14 @@ class Activation(NamedTuple):
 
 _aten = torch.ops.aten
 # not in every build
-_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# oneDNN's relu turns NaN into 0, its leaky_relu does not; and -2^-100 |x| is lost in any sum
+linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# oneDNN's relu turns NaN into 0, its leaky_relu does not; and -2^-60 |x| is lost in any sum
 ACTIVATIONS = {
     "relu": Activation(
         torch.relu_,
         lambda g, y: _aten.threshold_backward.grad_input(g, y, 0, grad_input=g),
         False,
-        ("leaky_relu", [2.0**-100], ""),
+        ("leaky_relu", [2.0**-60], ""),
     ),
     "leaky_relu": Activation(
         lambda x: _aten.leaky_relu_(x, 0.01),
@@ -184,7 +184,7 @@ def couple(
     cut = chain.cut(len(x), x.device) if activations is None else activations.cut
     products = _Products(chain, x.device, inverse)
 
-    def work(share: range) -> None:
+    def work(share: Iterable[int]) -> None:
         for i in share:
             c = None if context is None else products.operand(context[cut[i]])
             pair = _take_apart(x[cut[i]], chain.sides)
@@ -192,7 +192,7 @@ def couple(
             products.run(chain.steps(inverse), pair, c, kept)
             _put_together(y[cut[i]], pair, chain.sides)
 
-    cut.deal(work)
+    cut.hand_out(work)
     return y
 
 
@@ -283,7 +283,7 @@ class _Products:
         self.conditions = chain.conditions
         self.activation = ACTIVATIONS[chain.activation]
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
-        self.onednn = device.type == "cpu" and _pointwise is not None
+        self.onednn = device.type == "cpu" and linear_pointwise is not None
         self.relu = self.activation.apply_ is torch.relu_
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             self.layers = [[self._layer(w, b) for w, b in layers] for layers in chain.couplings]
@@ -337,8 +337,8 @@ class _Products:
         if x2.dtype != self.dtype:
             return x2 + self._linear(last, h)
         if self._fuses(last, h):
-            return _pointwise.binary(h, x2, last.weight, last.bias, "add")
-        return torch.addmm(x2, h, last.transposed).add_(last.bias)
+            return linear_pointwise.binary(h, x2, last.weight, last.bias, "add")
+        return torch.add(x2, last.bias).addmm_(h, last.transposed)  # addmm would copy x2 first
 
     def hidden(self, index: int, x1: Tensor, c: Tensor | None, kept: Kept | None) -> Tensor:
         """The last hidden layer of coupling ``index``."""
@@ -370,14 +370,14 @@ class _Products:
         """``h W^T + b``, with ``plus`` for the bias."""
         if self._fuses(layer, h):
             if plus is None:
-                return _pointwise(h, layer.weight, layer.bias, "none", [], "")
-            return _pointwise.binary(h, plus, layer.weight, None, "add")
+                return linear_pointwise(h, layer.weight, layer.bias, "none", [], "")
+            return linear_pointwise.binary(h, plus, layer.weight, None, "add")
         return torch.addmm(layer.bias if plus is None else plus, h, layer.transposed)
 
     def _activated(self, layer: _Linear, h: Tensor, plus: Tensor | None) -> Tensor:
         if plus is None:
             if self._fuses(layer, h) and self.activation.fused is not None:
-                return _pointwise(h, layer.weight, layer.bias, *self.activation.fused)
+                return linear_pointwise(h, layer.weight, layer.bias, *self.activation.fused)
             if self.relu:  # one call, and cuBLAS's epilogue
                 return torch._addmm_activation(layer.bias, h, layer.transposed)
         return self.activation.apply_(self._linear(layer, h, plus))
@@ -402,8 +402,7 @@ class _Products:
         d, layers = self.operand(grad_y2), self.layers[index]
         for k in range(len(layers) - 1, -1, -1):
             grad_w, grad_b = sums[2 * k], sums[2 * k + 1]
-            grad_b.add_(d.sum(0, dtype=torch.float64 if d.shape[0] < WIDE_SUM else torch.float32))
-            # in x out where there are fewer inputs: a product of few columns is slow
+            grad_b.add_(d.sum(0, dtype=torch.float32))
             flipped = grad_w.shape[0] < grad_w.shape[1] == d.shape[1]
             inputs = kept.operands[k]
             if k == 0 and c is not None:
@@ -415,7 +414,7 @@ class _Products:
             if k == 0:
                 break
             if self.onednn and self.dtype == torch.float32 and d.numel():
-                d = _pointwise(d, layers[k].transposed, None, "none", [], "")
+                d = linear_pointwise(d, layers[k].transposed, None, "none", [], "")
             else:
                 d = torch.mm(d, layers[k].weight)
             from_input = self.activation.from_input
@@ -423,7 +422,7 @@ class _Products:
         if grad_y1 is None:
             return None
         if self.dtype == torch.float32 and self._fuses(layers[0], d):
-            return _pointwise.binary(d, grad_y1, layers[0].transposed, None, "add")
+            return linear_pointwise.binary(d, grad_y1, layers[0].transposed, None, "add")
         _add_product(grad_y1, d, layers[0].weight)
         return grad_y1
 
@@ -434,7 +433,7 @@ def _new_sum(parameter: Tensor) -> Tensor:
     if parameter.ndim == 1:
         return torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
     out, inputs = parameter.shape
-    shape = (inputs, out) if inputs < out else (out, inputs)
+    shape = (inputs, out) if inputs < min(out, FEW_INPUTS) else (out, inputs)
     return torch.empty(shape, dtype=torch.float32, device=parameter.device)
 
 

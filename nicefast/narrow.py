@@ -1,0 +1,294 @@
+"""A narrow flow on the CPU: from x to log_prob in one pass over blocks of rows laid on their side.
+
+A block's matrix has one row of memory for each feature. Whatever the partition, a side is a slice
+of it, every loop runs along the batch, and a product with a handful of features goes as fast as
+any. Between the sides stand a row of ones and the context::
+
+    x_0 | 1 | context | x_1
+
+so that either side, with what its conditioner takes besides, is a slice too, and a bias is one more
+column of its weights: a layer is one product. Of the batch only x is read from memory and only the
+result written; in between, the same buffers serve block after block.
+
+The gradient rebuilds activations a block at a time, from the chain's input (see
+:mod:`nicefast.products`): what is stored does not grow with the number of couplings. They are kept
+only for a batch so small that all of them take a few MiB at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import likelihood
+from .blocks import Blocks
+from .ops import check_log_scale, columns_of
+from .products import REBUILT_ELEMENTS, Chain, Gradients
+from .sideways import Block, Columns, Sum
+
+BLOCK_ELEMENTS = 1 << 18  # of one activation: a few of them stay in a core's own cache
+LEAST_FLOPS = 1 << 28  # below this, a batch is not worth the hand-over to threads
+FEW_ROWS = 1 << 9  # with fewer, what is formed of the weights for one call shows in its time
+KEPT_ELEMENTS = 1 << 20  # of all activations of a batch
+
+
+class Left(NamedTuple):
+    """What :meth:`NarrowFlow.log_prob` leaves for its gradient: the rows after the couplings and,
+    of a small batch, the block with all its activations, and the layers that made them."""
+
+    image: Tensor
+    block: Block | None
+    layers: Columns
+
+
+@dataclass(frozen=True)
+class NarrowFlow:
+    """Couplings, scaling and prior of a flow of narrow MLPs, for float32 rows on the CPU.
+
+    Gradients are what the methods for them say; none are recorded.
+    """
+
+    chain: Chain
+    prior: str
+
+    def pieces(self, rows: int) -> str:
+        """How ``rows`` rows are cut, for people."""
+        return f"{self._cut(rows).describe()}, each of them on its side"
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        want_z: bool = False,
+        want_log_prob: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
+        check_log_scale(log_scale)
+        z = x.new_empty(x.shape if want_z else (0,))
+        log_prob = x.new_empty(len(x) if want_log_prob else 0)
+        scales, cut = self._scales(log_scale), self._cut(len(x))
+        layers = Columns(self.chain, inverse=False, few=len(x) < FEW_ROWS)
+
+        def work(share: Iterable[int]) -> None:
+            density = self._density(log_scale, scales, cut.size)
+            for rows, block in self._blocks(cut, share):
+                block.take(x[rows], None if context is None else context[rows])
+                layers.run(block)
+                if want_log_prob:
+                    density(block, log_prob[rows])
+                if want_z:
+                    block.scale(scales)
+                    block.put(z[rows])
+
+        cut.hand_out(work)
+        return z, log_prob
+
+    def log_prob(self, x: Tensor, context: Tensor | None, log_scale: Tensor) -> tuple[Tensor, Left]:
+        """log_prob of rows x (N, D), to the last bit :meth:`forward`'s, and what is left of it."""
+        check_log_scale(log_scale)
+        log_prob, image = x.new_empty(len(x)), x.new_empty(x.shape)
+        scales, cut = self._scales(log_scale), self._cut(len(x))
+        layers = Columns(self.chain, inverse=False, few=len(x) < FEW_ROWS)
+        keep = len(cut) == 1 and len(x) * self.chain.kept <= KEPT_ELEMENTS
+        kept: list[Block] = []
+
+        def work(share: Iterable[int]) -> None:
+            density = self._density(log_scale, scales, cut.size)
+            for rows, block in self._blocks(cut, share, keep):
+                block.take(x[rows], None if context is None else context[rows])
+                layers.run(block)
+                block.put(image[rows])
+                density(block, log_prob[rows])
+                if keep:
+                    kept.append(block)
+
+        cut.hand_out(work)
+        return log_prob, Left(image, kept[0] if kept else None, layers)
+
+    def log_prob_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        left: Left,
+        wants_x: bool = True,
+        wants_context: bool = True,
+    ) -> tuple[Gradients, Tensor]:
+        """Gradients of :meth:`log_prob` from that of its result; the last is log_scale's."""
+        scales = self._scales(log_scale)
+
+        def start(block: Block, rows: slice) -> list[Tensor]:
+            block.take(left.image[rows])
+            g, found = grad[rows], []
+            for side, scale in zip(block.features, scales, strict=True):
+                z = side * scale
+                score = likelihood.score(z, self.prior).mul_(g)
+                torch.mul(score, scale, out=side)
+                found.append(z.mul_(score).sum(1).add_(g.sum()))
+            return found
+
+        gradients, found = self._backward(x, context, False, start, wants_x, wants_context, left)
+        total = torch.zeros_like(log_scale)
+        for f, own in zip(self.chain.sides, found, strict=bool(found)):  # none without rows
+            total[columns_of(f.indices, f.start, f.step, f.size)] = own
+        return gradients, total
+
+    def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
+        """x of rows z (N, D)."""
+        check_log_scale(log_scale)
+        return self._couple(z, context, True, self._scales(-log_scale.detach()))
+
+    def sample(
+        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
+    ) -> Tensor:
+        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
+        draw = torch.ops.nicefast.sample_prior
+        h = draw(log_scale.detach(), n, row_offset, seed, self.prior, torch.float32)
+        return self.couple(h, context, inverse=True)
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        """Through the couplings alone."""
+        return self._couple(x, context, inverse, None)
+
+    def _couple(
+        self, x: Tensor, context: Tensor | None, inverse: bool, scales: list[Tensor] | None
+    ) -> Tensor:
+        y, cut = x.new_empty(x.shape), self._cut(len(x))
+        layers = Columns(self.chain, inverse, few=len(x) < FEW_ROWS)
+
+        def work(share: Iterable[int]) -> None:
+            for rows, block in self._blocks(cut, share):
+                block.take(x[rows], None if context is None else context[rows])
+                if scales is not None:
+                    block.scale(scales)
+                layers.run(block)
+                block.put(y[rows])
+
+        cut.hand_out(work)
+        return y
+
+    def couple_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        inverse: bool,
+        wants_x: bool = True,
+        wants_context: bool = True,
+    ) -> Gradients:
+        """Gradients of :meth:`couple` from that of its result, at ``x``."""
+
+        def start(block: Block, rows: slice) -> list[Tensor]:
+            block.take(grad_y[rows])
+            return []
+
+        return self._backward(x, context, inverse, start, wants_x, wants_context)[0]
+
+    def _backward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        inverse: bool,
+        start: Callable[[Block, slice], list[Tensor]],
+        wants_x: bool,
+        wants_context: bool,
+        left: Left | None = None,
+    ) -> tuple[Gradients, list[Tensor]]:
+        """Back through the couplings from what ``start`` makes of a block, the gradient of its rows
+        after them; and the sums over blocks of what it returns.
+
+        All sums are over the blocks of a thread, then over threads, in a fixed order: the same bits
+        every time.
+        """
+        chain, steps = self.chain, self.chain.steps(inverse)
+        kept = None if left is None else left.block
+        cut = self._cut(len(x), training=kept is None)
+        layers = Columns(chain, inverse) if left is None else left.layers
+        grad_x = x.new_empty(x.shape) if wants_x else None
+        grad_c = None
+        if context is not None and wants_context:
+            grad_c = context.new_zeros(context.shape, dtype=torch.float32)
+
+        def work(share: range) -> tuple[list[list[Sum]], list[Tensor]]:
+            sums = [[Sum() for _ in own] for own in chain.couplings]
+            found: list[Tensor] = []
+            blocks = self._blocks(cut, share, keep=True)
+            for rows, grad in self._blocks(cut, share):
+                block = kept
+                if block is None:
+                    _, block = next(blocks)
+                    block.take(x[rows], None if context is None else context[rows])
+                    layers.run(block, to_the_end=False)
+                more = start(grad, rows)
+                found = [a.add_(b) for a, b in zip(found, more, strict=True)] if found else more
+                grad.context.zero_()
+                for index in reversed(steps):
+                    wanted = index != steps[0] or wants_x or grad_c is not None
+                    layers.backward(block, grad, index, sums[index], wanted)
+                if grad_x is not None:
+                    grad.put(grad_x[rows])
+                if grad_c is not None:
+                    grad_c[rows] = grad.context.t()
+            return sums, found
+
+        (sums, found), *others = cut.deal(work)
+        for other, more in others:
+            for own, theirs in zip(sums, other, strict=True):
+                for mine, yours in zip(own, theirs, strict=True):
+                    mine.merge(yours)
+            for a, b in zip(found, more, strict=True):
+                a.add_(b)
+        parameters = [g for i, own in enumerate(sums) for g in layers.gathered(i, own)]
+        return Gradients(grad_x, grad_c, parameters), found
+
+    def _cut(self, rows: int, training: bool = False) -> Blocks:
+        chain = self.chain
+        most = BLOCK_ELEMENTS // chain.width
+        if training:
+            most = min(most, REBUILT_ELEMENTS // chain.kept)
+        cpu = torch.device("cpu")
+        return Blocks(rows, max(1, most), LEAST_FLOPS // chain.flops, cpu)
+
+    def _blocks(
+        self, cut: Blocks, share: Iterable[int], keep: bool = False
+    ) -> Iterator[tuple[slice, Block]]:
+        """The rows of each block of a share, and buffers for them."""
+        block = None
+        for i in share:
+            rows = cut[i]
+            count = rows.stop - rows.start
+            if block is None or block.rows != count:
+                block = Block(self.chain, count, keep)
+            yield rows, block
+
+    def _scales(self, log_scale: Tensor) -> list[Tensor]:
+        """exp(log_scale) of each side, a column."""
+        scale = log_scale.detach().exp()
+        return [
+            scale[columns_of(f.indices, f.start, f.step, f.size)][:, None] for f in self.chain.sides
+        ]
+
+    def _density(
+        self, log_scale: Tensor, scales: list[Tensor], rows: int
+    ) -> Callable[[Block, Tensor], None]:
+        """What writes the log_prob of a block's rows, before they are scaled."""
+        features, first = sum(f.size for f in self.chain.sides), self.chain.sides[0].size
+        buffers = [torch.empty(features, rows, device="cpu", dtype=torch.float32) for _ in range(3)]
+        constant = likelihood.constant(log_scale.detach(), self.prior)
+
+        def write(block: Block, out: Tensor) -> None:
+            z, *others = (b[:, : block.rows] for b in buffers)
+            for side, scale, into in zip(
+                block.features, scales, (z[:first], z[first:]), strict=True
+            ):
+                torch.mul(side, scale, out=into)
+            likelihood.sum_log_prior(z, self.prior, 0, out, z, *others)
+            out += constant
+
+        return write
