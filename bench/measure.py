@@ -25,6 +25,7 @@ Record = dict[str, Any]
 COPY_BYTES = 1 << 26
 MEMORY_SHARE = 0.7  # of what is free: a case that may need more is left out
 #: operators that compute nothing
+LEAST_SECONDS = 5e-3  # of a turn: shorter calls are repeated
 FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias", "expand", "split")
 
 
@@ -48,7 +49,9 @@ def flow_records(
     with keep_casts:
         chosen = _fastest_modes(calls, records, inputs, rounds)
         ceiling_calls, units = _ceilings(task.precision, device, small=rounds <= 2)
-        timings = timing.interleave(chosen | ceiling_calls, inputs, rounds, seconds)
+        timings = timing.interleave(
+            chosen | ceiling_calls, inputs, rounds, seconds, least=LEAST_SECONDS
+        )
         for name, call in chosen.items():
             records[name] |= {
                 "launches": launches(call, inputs[0], name),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import platform
 import resource
@@ -29,6 +30,9 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
     "default": {},
 }
+
+
+MOST_REPEATS = 100
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,22 @@ def interleave(
     rounds: int = 9,
     seconds: float = 0.0,
     warmup: int = 2,
+    least: float = 0.0,
 ) -> dict[str, Timing]:
     """Time the calls in turn, for at least ``rounds`` rounds and ``seconds`` seconds.
 
     Every call gets the next of ``inputs``. What a call returns is freed before its time is taken.
+    If the fastest takes less than ``least`` seconds, everybody's turn is several calls, the same
+    number for all: nobody computes one tiny batch after having been away.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     faults: dict[str, list[float]] = {name: [] for name in calls}
     stream = itertools.cycle(inputs)
     names = list(calls)
+    shortest = least
     for _, name in itertools.product(range(warmup), names):
-        _timed(calls[name], next(stream))
+        shortest = min(shortest, _timed(calls[name], stream)[0])
+    repeats = min(MOST_REPEATS, math.ceil(least / max(shortest, 1e-9))) if least else 1
     gc.collect()
     gc.disable()
     try:
@@ -93,7 +102,7 @@ def interleave(
             if not names or (turn >= rounds and time.perf_counter() >= stop):
                 break
             for name in order(names, turn):
-                elapsed, faulted = _timed(calls[name], next(stream))
+                elapsed, faulted = _timed(calls[name], stream, repeats)
                 times[name].append(elapsed)
                 faults[name].append(faulted)
     finally:
@@ -112,20 +121,25 @@ def interleave(
     }
 
 
-def _timed(call: Call, given: Any) -> tuple[float, int]:
+def _timed(call: Call, inputs: Iterator[Any], repeats: int = 1) -> tuple[float, float]:
+    """Seconds and page faults of one call, the mean of ``repeats``."""
+    given = list(itertools.islice(inputs, repeats))
     call.prepare()
     before = _page_faults()
     if torch.cuda.is_available():
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
-        call.run(given)
+        for x in given:
+            call.run(x)
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3, _page_faults() - before
-    start = time.perf_counter()
-    call.run(given)
-    elapsed = time.perf_counter() - start
-    return elapsed, _page_faults() - before
+        elapsed = first.elapsed_time(last) / 1e3
+    else:
+        start = time.perf_counter()
+        for x in given:
+            call.run(x)
+        elapsed = time.perf_counter() - start
+    return elapsed / repeats, (_page_faults() - before) / repeats
 
 
 def _page_faults() -> int:

@@ -238,7 +238,7 @@ class Couple(Function):
             y = whole.couple(x, context, inverse)
         else:
             if not chain.rebuild:  # cut once: both passes have to see the same blocks
-                activations = Activations(chain.cut(len(x), x.device, training=True), {})
+                activations = Activations(chain.cut(len(x), x.device, training=True))
             y = couple(chain, x, context, inverse, activations)
         ctx.save_for_backward(x, context)
         # not among the saved tensors: they are the model's, and no copies of anything

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -162,11 +162,14 @@ class Kept(NamedTuple):
     inputs: list[Tensor]
 
 
-class Activations(NamedTuple):
-    """What is kept for the backward pass: by block, one entry for each coupling as computed."""
+@dataclass
+class Activations:
+    """What is kept for the backward pass: by block, one entry for each coupling as computed, and
+    the weights as products take them (see :class:`_Products`)."""
 
     cut: Blocks
-    kept: dict[int, list[Kept]]
+    kept: dict[int, list[Kept]] = field(default_factory=dict)
+    products: _Products | None = None
 
 
 def couple(
@@ -183,6 +186,8 @@ def couple(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cut = chain.cut(len(x), x.device) if activations is None else activations.cut
     products = _Products(chain, x.device, inverse)
+    if activations is not None:
+        activations.products = products
 
     def work(share: Iterable[int]) -> None:
         for i in share:
@@ -220,7 +225,9 @@ def couple_backward(
     order: the same bits every time.
     """
     cut = chain.cut(len(x), x.device, training=True) if activations is None else activations.cut
-    products = _Products(chain, x.device, inverse)
+    products = None if activations is None else activations.products
+    if products is None:
+        products = _Products(chain, x.device, inverse)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_x else None
     grad_c = None
     if context is not None and wants_context:
@@ -276,7 +283,8 @@ class _Linear(NamedTuple):
 class _Products:
     """The products of a chain on one device, forwards or back through it (``inverse``).
 
-    Weights are converted anew for each call, never kept: they can't be out of date.
+    Weights are converted anew for each call, and kept for its gradient alone: they can't be out of
+    date.
     """
 
     def __init__(self, chain: Chain, device: torch.device, inverse: bool) -> None:
@@ -402,7 +410,7 @@ class _Products:
         d, layers = self.operand(grad_y2), self.layers[index]
         for k in range(len(layers) - 1, -1, -1):
             grad_w, grad_b = sums[2 * k], sums[2 * k + 1]
-            grad_b.add_(d.sum(0, dtype=torch.float32))
+            grad_b.add_(d.sum(0))  # in float32 inside: another dtype here would copy d first
             flipped = grad_w.shape[0] < grad_w.shape[1] == d.shape[1]
             inputs = kept.operands[k]
             if k == 0 and c is not None:

@@ -3,6 +3,7 @@
 import json
 import mmap
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -271,6 +272,19 @@ def test_interleaving():
     assert prepared == [name for name, _ in seen]
     assert {t.rounds for t in timings.values()} == {4}
     assert timing.interleave({}, [0]) == {}
+
+
+def test_short_calls_are_repeated_the_same_number_of_times():
+    seen = Counter()
+
+    def call(name, seconds):
+        return timing.Call(lambda x: (seen.update([name]), time.sleep(seconds)))
+
+    calls = {"short": call("short", 0.001), "long": call("long", 0.004)}
+    timings = timing.interleave(calls, [0], rounds=3, warmup=1, least=0.003)
+    assert seen["short"] == seen["long"] > 1 + 3
+    assert timings["short"].median >= 0.001
+    assert timings["long"].median >= 0.004
 
 
 def test_page_faults_are_counted():
