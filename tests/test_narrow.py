@@ -1,0 +1,139 @@
+"""Narrow flows on the CPU, at the sizes where the way through them changes."""
+
+import copy
+
+import pytest
+import torch
+
+import nicefast as nf
+from helpers import assert_three_way, make, strided
+from nicefast import narrow, products
+from nicefast.blocks import Blocks
+
+OPTIONS = [{}, {"context": 3}, {"activation": "gelu", "prior": "normal"}, {"partition": "random"}]
+
+
+def gradients(model, x, c, cotangent):
+    x = x.detach().requires_grad_()
+    c = None if c is None else c.detach().requires_grad_()
+    value = model.log_prob(x, c)
+    wanted = [x, *([] if c is None else [c]), *model.parameters()]
+    return [value.detach(), *torch.autograd.grad(value, wanted, cotangent.to(value.dtype))]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "rows", [1, narrow.FEW_ROWS - 1, narrow.FEW_ROWS, 10_000, 60_000], ids="{} rows".format
+)
+def test_log_prob_and_its_gradient(options, rows):
+    """Few rows and many, activations kept and rebuilt, one thread and several.
+
+    Smooth ones: one row at relu's kink would decide. And the largest error of a few long sums is a
+    matter of luck.
+    """
+    model = make(6, hidden=(32, 24), **{"activation": "tanh", **options})
+    x, cotangent = torch.randn(rows, 6), torch.randn(rows)
+    c = torch.randn(rows, 3) if model.context else None
+    assert nf.choose_path(model, x, c).narrow is not None
+    got = gradients(model, x, c, cotangent)
+    with nf.set_backend("reference"):
+        plain = gradients(model, x, c, cotangent)
+    wide = None if c is None else c.double()
+    exact = gradients(copy.deepcopy(model).double(), x.double(), wide, cotangent)
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert_three_way(g, p, e, slack=2 if rows < 10_000 else 4)
+
+
+def test_the_sizes_above_take_every_way():
+    chain = nf.choose_path(make(6, hidden=(32, 24)), torch.zeros(1, 6)).chain
+    assert 10_000 * chain.kept > narrow.KEPT_ELEMENTS > narrow.FEW_ROWS * chain.kept
+    assert 60_000 * chain.flops > narrow.LEAST_FLOPS > 10_000 * chain.flops
+
+
+@pytest.mark.parametrize("rows", [5, 700, 60_000])
+def test_recording_changes_no_bit(rows):
+    model, x = make(6, hidden=(32, 24)), torch.randn(rows, 6)
+    recorded = model.log_prob(x)
+    with torch.no_grad():
+        assert torch.equal(recorded, model.log_prob(x))
+
+
+@pytest.mark.parametrize("rows", [5, 700])
+def test_forward_inverse_and_log_prob_agree(rows):
+    model, x = make(6, hidden=(32, 24)), torch.randn(rows, 6)
+    with torch.no_grad():
+        z, log_det = model(x)
+        density = model.prior.log_prob(z).sum(1) + log_det
+        assert torch.allclose(model.log_prob(x), density, atol=1e-4)
+        assert torch.allclose(model.inverse(z)[0], x, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "expanded"])
+@pytest.mark.parametrize("partition", ["half", "alternating", "random"])
+def test_rows_may_lie_anyhow(kind, partition):
+    model, x = make(6, partition=partition), strided(torch.randn(40, 6), kind)
+    with torch.no_grad():
+        assert torch.equal(model.log_prob(x), model.log_prob(x.contiguous()))
+
+
+def test_a_gradient_may_be_asked_for_twice():
+    """Going back leaves what was kept as it was."""
+    model, x = make(6), torch.randn(30, 6)
+    value = model.log_prob(x).sum()
+    wanted = list(model.parameters())
+    first = torch.autograd.grad(value, wanted, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(value, wanted)))
+
+
+def test_second_derivatives_of_log_scale():
+    model, x = make(4, hidden=(8,), activation="tanh"), torch.randn(3, 4)
+    log_scale = model.scaling.log_scale
+
+    def curvature():
+        (g,) = torch.autograd.grad(model.log_prob(x).sum(), log_scale, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [log_scale, *model.couplings.parameters()])
+
+    got = curvature()
+    with nf.set_backend("reference"):
+        assert all(torch.allclose(g, w, atol=1e-4) for g, w in zip(got, curvature(), strict=True))
+
+
+def test_a_log_scale_that_is_not_finite_is_an_error():
+    model, x = make(6), torch.randn(3, 6)
+    with torch.no_grad():
+        model.scaling.log_scale[2] = torch.inf
+    for call in (model.log_prob, model.forward, model.inverse):
+        with pytest.raises(ValueError, match="log_scale must be finite, got inf at feature 2"):
+            call(x)
+
+
+def test_blocks_are_handed_out_once_each():
+    for rows in (0, 1, 1000):
+        cut, seen = Blocks(rows, 10, 0, torch.device("cpu")), []
+        cut.hand_out(seen.extend)
+        assert sorted(seen) == list(range(len(cut)))
+
+    def work(blocks):
+        raise ArithmeticError(f"block {next(iter(blocks))}")
+
+    with pytest.raises(ArithmeticError, match="block"):
+        Blocks(100, 10, 0, torch.device("cpu")).hand_out(work)
+
+
+def test_what_stands_for_relu_s_zero_is_no_denormal_number(monkeypatch):
+    """Nor is it next to a small gradient: arithmetic with such numbers takes several times as long.
+
+    And it is next to nothing beside any activation.
+    """
+    monkeypatch.setattr(products, "ONEDNN_FLOPS", 0)
+    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    model = make(40, hidden=(150, 150), couplings=2)
+    x = torch.randn(1100, 40)
+    chain = nf.choose_path(model, x).chain
+    activations = products.Activations(chain.cut(len(x), x.device, training=True))
+    with torch.no_grad():
+        products.couple(chain, x, None, False, activations)
+    for kept in activations.kept[0]:
+        for h in kept.operands[1:]:
+            small = h[(h <= 0) & (h != 0)].abs()
+            assert small.numel() == 0 or 1e-26 < small.min() < small.max() < 1e-15
