@@ -191,7 +191,7 @@ class FlowLogProb(Function):
     ) -> Tensor:
         log_prob, left = narrow.log_prob(x, context, log_scale)
         ctx.save_for_backward(x, context, log_scale, left.image)
-        ctx.narrow, ctx.left = narrow, left._replace(image=x)
+        ctx.narrow, ctx.left = narrow, left._replace(image=x)  # its own is saved: put back later
         ctx.versions = [p._version for p in parameters]
         return log_prob
 

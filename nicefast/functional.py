@@ -366,7 +366,7 @@ def couple(
         x: (N, D), float32.
         context: (N, K), where the conditioners take one.
         inverse: back through the couplings.
-        whole: the kernel that does it, if :func:`nicefast.choose_path` found one.
+        whole: what does it at once, if :func:`nicefast.choose_path` found something (``.fused``).
 
     Returns:
         y (N, D), a new tensor.

@@ -57,7 +57,12 @@ class NarrowFlow:
 
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""
-        return f"{self._cut(rows).describe()}, each of them on its side"
+        return f"{self._cut(rows).describe()}, each on its side"
+
+    @property
+    def most_kept(self) -> int:
+        """Rows of the largest batch whose activations are kept for the gradient."""
+        return KEPT_ELEMENTS // self.chain.kept
 
     def forward(
         self,
@@ -94,7 +99,7 @@ class NarrowFlow:
         log_prob, image = x.new_empty(len(x)), x.new_empty(x.shape)
         scales, cut = self._scales(log_scale), self._cut(len(x))
         layers = Columns(self.chain, inverse=False, few=len(x) < FEW_ROWS)
-        keep = len(cut) == 1 and len(x) * self.chain.kept <= KEPT_ELEMENTS
+        keep = len(cut) == 1 and len(x) <= self.most_kept
         kept: list[Block] = []
 
         def work(share: Iterable[int]) -> None:

@@ -76,6 +76,8 @@ class Path(NamedTuple):
             for name, published in DEVICES.items()
         )
         gradient = "rebuilds activations" if chain.rebuild else "keeps activations"
+        if self.narrow is not None:
+            gradient += f", of at most {self.narrow.most_kept} rows keeps them"
         return "\n".join(
             (
                 f"{self.name}: {self.reason}",
