@@ -80,11 +80,11 @@ class NarrowFlow:
         layers = Columns(self.chain, inverse=False, few=len(x) < FEW_ROWS)
 
         def work(share: Iterable[int]) -> None:
-            density = self._density(log_scale, scales, cut.size)
+            density = self._density(log_scale, scales, cut.size) if want_log_prob else None
             for rows, block in self._blocks(cut, share):
                 block.take(x[rows], None if context is None else context[rows])
                 layers.run(block)
-                if want_log_prob:
+                if density is not None:
                     density(block, log_prob[rows])
                 if want_z:
                     block.scale(scales)
@@ -213,7 +213,9 @@ class NarrowFlow:
         """
         chain, steps = self.chain, self.chain.steps(inverse)
         kept = None if left is None else left.block
-        cut = self._cut(len(x), training=kept is None)
+        cut = self._cut(len(x), training=True)
+        if kept is not None:  # whatever the number of threads is by now
+            cut = Blocks(len(x), len(x), len(x), x.device)
         layers = Columns(chain, inverse) if left is None else left.layers
         grad_x = x.new_empty(x.shape) if wants_x else None
         grad_c = None

@@ -33,6 +33,7 @@ ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its produc
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
 ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this
 ROWS_PER_WIDTH = 16
+TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
 FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
 REBUILT_ELEMENTS = 1 << 23  # of all activations of a block
 GPU_ELEMENTS = 1 << 28  # of one activation on a GPU
@@ -145,13 +146,13 @@ class Chain:
 
     def cut(self, rows: int, device: torch.device, training: bool = False) -> Blocks:
         on_cpu = device.type == "cpu"
-        most = (BLOCK_ELEMENTS if on_cpu else GPU_ELEMENTS) // self.width
+        # with few rows for the size of the weights, each thread would have to read all of them
+        alone = rows < ROWS_PER_WIDTH * self.width
+        together = torch.get_num_threads() if alone else 1  # at work on one block
+        most = (together * BLOCK_ELEMENTS if on_cpu else GPU_ELEMENTS) // self.width
         if training and self.rebuild:
             most = min(most, (REBUILT_ELEMENTS if on_cpu else GPU_ELEMENTS) // self.kept)
-        most = max(1, most)
-        # with few rows for the size of the weights, one more set of gradients costs too much
-        alone = training and rows < ROWS_PER_WIDTH * self.width
-        return Blocks(rows, most, rows if alone else LEAST_FLOPS // self.flops, device)
+        return Blocks(rows, max(1, most), rows if alone else LEAST_FLOPS // self.flops, device)
 
 
 class Kept(NamedTuple):
@@ -374,6 +375,13 @@ class _Products:
         least = ONEDNN_FLOPS if rows >= ONEDNN_ROWS else ONEDNN_FLOPS_OF_FEW
         return self.onednn and layer.flops * rows >= least
 
+    def _fuses_back(self, layer: _Linear, d: Tensor) -> bool:
+        """Whether oneDNN takes the product that leads back through ``layer``."""
+        rows = len(d)
+        if self.dtype != torch.float32 or rows < TURNED_ROWS_PER_WIDTH * max(layer.weight.shape):
+            return False
+        return self._fuses(layer, d)
+
     def _linear(self, layer: _Linear, h: Tensor, plus: Tensor | None = None) -> Tensor:
         """``h W^T + b``, with ``plus`` for the bias."""
         if self._fuses(layer, h):
@@ -421,7 +429,7 @@ class _Products:
             _add_gradient(grad_w, d, inputs, flipped, first)
             if k == 0:
                 break
-            if self.onednn and self.dtype == torch.float32 and d.numel():
+            if self._fuses_back(layers[k], d):
                 d = linear_pointwise(d, layers[k].transposed, None, "none", [], "")
             else:
                 d = torch.mm(d, layers[k].weight)
@@ -429,7 +437,7 @@ class _Products:
             self.activation.backward_(d, kept.inputs[k - 1] if from_input else kept.operands[k])
         if grad_y1 is None:
             return None
-        if self.dtype == torch.float32 and self._fuses(layers[0], d):
+        if self._fuses_back(layers[0], d):
             return linear_pointwise.binary(d, grad_y1, layers[0].transposed, None, "add")
         _add_product(grad_y1, d, layers[0].weight)
         return grad_y1

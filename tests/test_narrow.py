@@ -85,6 +85,23 @@ def test_a_gradient_may_be_asked_for_twice():
     assert all(map(torch.equal, first, torch.autograd.grad(value, wanted)))
 
 
+def test_threads_may_come_between_a_small_batch_and_its_gradient(monkeypatch):
+    monkeypatch.setattr(narrow, "LEAST_FLOPS", 0)
+    model, x, before = make(6, activation="tanh"), torch.randn(300, 6), torch.get_num_threads()
+    wanted = list(model.parameters())
+    expected = torch.autograd.grad(model.log_prob(x).mean(), wanted)
+    for then, now in ((1, 3), (3, 1)):
+        torch.set_num_threads(then)
+        try:
+            value = model.log_prob(x).mean()
+            torch.set_num_threads(now)
+            got = torch.autograd.grad(value, wanted)
+        finally:
+            torch.set_num_threads(before)
+        for g, e in zip(got, expected, strict=True):
+            assert torch.allclose(g, e, rtol=1e-4, atol=1e-6)
+
+
 def test_second_derivatives_of_log_scale():
     model, x = make(4, hidden=(8,), activation="tanh"), torch.randn(3, 4)
     log_scale = model.scaling.log_scale
