@@ -364,7 +364,7 @@ class _Products:
                 kept.inputs.append(self._linear(layer, h, plus))
                 h = self.activation.apply_(kept.inputs[-1].clone())
             else:
-                h = self._activated(layer, h, plus)
+                h = self._activated(layer, h, plus, for_gradient=True)
         if kept is not None:
             kept.operands.append(h)
         return h
@@ -390,11 +390,17 @@ class _Products:
             return linear_pointwise.binary(h, plus, layer.weight, None, "add")
         return torch.addmm(layer.bias if plus is None else plus, h, layer.transposed)
 
-    def _activated(self, layer: _Linear, h: Tensor, plus: Tensor | None) -> Tensor:
+    def _activated(
+        self, layer: _Linear, h: Tensor, plus: Tensor | None, for_gradient: bool = False
+    ) -> Tensor:
+        fuses = self._fuses(layer, h)
+        # a gradient through almost nothing is almost nothing, its square in an optimizer a denormal
+        # number, and arithmetic with such takes several times as long: there, relu's zero is zero
+        epilogue = None if self.relu and for_gradient else self.activation.fused
         if plus is None:
-            if self._fuses(layer, h) and self.activation.fused is not None:
-                return linear_pointwise(h, layer.weight, layer.bias, *self.activation.fused)
-            if self.relu:  # one call, and cuBLAS's epilogue
+            if fuses and epilogue is not None:
+                return linear_pointwise(h, layer.weight, layer.bias, *epilogue)
+            if self.relu and not fuses:  # one call, and cuBLAS's epilogue
                 return torch._addmm_activation(layer.bias, h, layer.transposed)
         return self.activation.apply_(self._linear(layer, h, plus))
 

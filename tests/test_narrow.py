@@ -7,7 +7,7 @@ import torch
 
 import nicefast as nf
 from helpers import assert_three_way, make, strided
-from nicefast import narrow, products
+from nicefast import narrow
 from nicefast.blocks import Blocks
 
 OPTIONS = [{}, {"context": 3}, {"activation": "gelu", "prior": "normal"}, {"partition": "random"}]
@@ -135,22 +135,3 @@ def test_blocks_are_handed_out_once_each():
 
     with pytest.raises(ArithmeticError, match="block"):
         Blocks(100, 10, 0, torch.device("cpu")).hand_out(work)
-
-
-def test_what_stands_for_relu_s_zero_is_no_denormal_number(monkeypatch):
-    """Nor is it next to a small gradient: arithmetic with such numbers takes several times as long.
-
-    And it is next to nothing beside any activation.
-    """
-    monkeypatch.setattr(products, "ONEDNN_FLOPS", 0)
-    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
-    model = make(40, hidden=(150, 150), couplings=2)
-    x = torch.randn(1100, 40)
-    chain = nf.choose_path(model, x).chain
-    activations = products.Activations(chain.cut(len(x), x.device, training=True))
-    with torch.no_grad():
-        products.couple(chain, x, None, False, activations)
-    for kept in activations.kept[0]:
-        for h in kept.operands[1:]:
-            small = h[(h <= 0) & (h != 0)].abs()
-            assert small.numel() == 0 or 1e-26 < small.min() < small.max() < 1e-15

@@ -131,6 +131,22 @@ def test_nan_and_infinity_are_never_lost(monkeypatch, activation, least):
         assert model.log_prob(x).isnan().all()
 
 
+@pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
+def test_the_gradient_is_made_of_relu_s_own_zeros(monkeypatch, least):
+    """What stands for them elsewhere would make denormal numbers of an optimizer's squares."""
+    monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
+    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    model = make(40, hidden=(150, 150), couplings=2)
+    x = torch.randn(300, 40)
+    chain = nf.choose_path(model, x).chain
+    activations = products.Activations(chain.cut(len(x), x.device, training=True))
+    with torch.no_grad():
+        products.couple(chain, x, None, False, activations)
+    hidden = [h for kept in activations.kept[0] for h in kept.operands[1:]]
+    assert len(hidden) == 4
+    assert all((h >= 0).all() and (h == 0).any() for h in hidden)
+
+
 def test_weights_are_never_out_of_date():
     """However a parameter is changed, also behind autograd's back, the next result has it."""
     model, x = make(hidden=(300, 300)), torch.randn(5000, 7)
