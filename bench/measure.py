@@ -24,8 +24,8 @@ from .workloads import Task
 Record = dict[str, Any]
 COPY_BYTES = 1 << 26
 MEMORY_SHARE = 0.7  # of what is free: a case that may need more is left out
-#: operators that compute nothing
 LEAST_SECONDS = 5e-3  # of a turn: shorter calls are repeated
+#: operators that compute nothing
 FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias", "expand", "split")
 
 

@@ -30,9 +30,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
     "default": {},
 }
-
-
-MOST_REPEATS = 100
+MOST_REPEATS = 100  # calls in one turn
 
 
 @dataclass(frozen=True)

@@ -189,15 +189,15 @@ class FlowLogProb(Function):
         log_scale: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        log_prob, left = narrow.log_prob(x, context, log_scale)
-        ctx.save_for_backward(x, context, log_scale, left.image)
-        ctx.narrow, ctx.left = narrow, left._replace(image=x)  # its own is saved: put back later
+        log_prob, h, left = narrow.log_prob(x, context, log_scale)
+        ctx.save_for_backward(x, context, log_scale, h)
+        ctx.narrow, ctx.left = narrow, left
         ctx.versions = [p._version for p in parameters]
         return log_prob
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, context, log_scale, image = ctx.saved_tensors
+        x, context, log_scale, h = ctx.saved_tensors
         narrow: NarrowFlow = ctx.narrow
         _check_versions(narrow.chain, ctx.versions)
         if torch.is_grad_enabled():  # a gradient that must be differentiable itself
@@ -206,9 +206,8 @@ class FlowLogProb(Function):
             inputs = [x, context, log_scale, *narrow.chain.parameters]
             return None, *_gradients_again(again, inputs, ctx.needs_input_grad[1:], grad)
         _, wants_x, wants_context, *_ = ctx.needs_input_grad
-        left = ctx.left._replace(image=image)
         gradients, grad_log_scale = narrow.log_prob_backward(
-            grad, x, context, log_scale, left, wants_x, wants_context
+            grad, x, context, log_scale, h, ctx.left, wants_x, wants_context
         )
         grad_c = gradients.context
         return (
@@ -257,7 +256,7 @@ class Couple(Function):
             grads = _gradients_again(again, inputs, ctx.needs_input_grad[3:], grad_y)
             return None, None, None, *grads
         _, _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
-        if ctx.whole is not None:
+        if isinstance(ctx.whole, NarrowFlow):
             gradients = ctx.whole.couple_backward(
                 grad_y, x, context, ctx.inverse, wants_x, wants_context
             )

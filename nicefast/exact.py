@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -262,11 +262,11 @@ def mlp(
     y = h.new_empty(len(h), len(parameters[-1][1]))
     h = h.detach()  # other threads have their own mind about gradients
 
-    def work(share: range) -> None:
+    def work(share: Iterable[int]) -> None:
         for i in share:
             y[cut[i]] = _run(layers, activation, h[cut[i]], drop)
 
-    cut.deal(work)
+    cut.hand_out(work)
     return y
 
 

@@ -382,25 +382,7 @@ def couple(
     >>> torch.allclose(nf.functional.couple(chain, y, inverse=True), x)
     True
     """
-    _check_tensor("x", x)
-    if x.dtype != torch.float32:
-        raise TypeError(f"x must be float32, got {x.dtype}")
-    features = sum(f.size for f in chain.sides)
-    if x.ndim != 2 or x.shape[1] != features:
-        raise ValueError(f"x must have shape (N, {features}), got {tuple(x.shape)}")
-    where = chain.parameters[0].device
-    if x.device != where:
-        raise ValueError(f"x must be on {where}, where the parameters are, got {x.device}")
-    if (context is None) != (chain.context == 0):
-        got = "none" if context is None else f"shape {tuple(context.shape)}"
-        raise ValueError(f"context must have {chain.context} features, got {got}")
-    if context is not None:
-        _check_tensor("context", context)
-        if context.shape != (len(x), chain.context):
-            raise ValueError(
-                f"context must have shape ({len(x)}, {chain.context}), got {tuple(context.shape)}"
-            )
-        _check_device("context", context, x)
+    _check_rows(chain, x, context)
     parameters = chain.parameters
     if records(x, context, *parameters):
         return autograd.Couple.apply(chain, whole, inverse, x, context, *parameters)
@@ -412,8 +394,21 @@ def couple(
 def narrow_log_prob(
     narrow: NarrowFlow, x: Tensor, context: Tensor | None, log_scale: Tensor
 ) -> Tensor:
-    """log_prob (N,) of rows x (N, D) by a whole narrow flow, in nats. Differentiable any number of
-    times; ``narrow`` is what :func:`nicefast.choose_path` found for rows of this kind.
+    """log_prob (N,) of rows x (N, D) by a whole narrow flow, in nats: what ``couple`` and
+    :func:`scale_log_prob` say one after the other (Dinh et al. 2014, equation 1).
+
+    Differentiable any number of times; memory does not grow with the number of couplings.
+
+    Args:
+        narrow: what :func:`nicefast.choose_path` found for rows of this kind (``.narrow``).
+        x: (N, D), float32.
+        context: (N, K), where the conditioners take one.
+        log_scale: (D,), float32.
+
+    Raises:
+        TypeError: x, context or log_scale is no floating-point tensor, or x is not float32.
+        ValueError: shapes or devices that do not fit; missing or unexpected context; non-finite
+            log_scale.
 
     >>> import torch, nicefast as nf
     >>> flow, x = nf.NICE(4, hidden=(8,)), torch.ones(2, 4)
@@ -422,6 +417,8 @@ def narrow_log_prob(
     >>> torch.equal(log_prob, flow.log_prob(x))
     True
     """
+    _check_rows(narrow.chain, x, context)
+    _check_density(x, log_scale, narrow.prior)
     parameters = narrow.chain.parameters
     if records(x, context, log_scale, *parameters):
         return autograd.FlowLogProb.apply(narrow, x, context, log_scale, *parameters)
@@ -453,6 +450,28 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     device = "cpu" if generator is None else generator.device
     high = torch.iinfo(torch.int64).max
     return int(torch.randint(high, (), generator=generator, device=device))
+
+
+def _check_rows(chain: Chain, x: Tensor, context: Tensor | None) -> None:
+    _check_tensor("x", x)
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32, got {x.dtype}")
+    features = sum(f.size for f in chain.sides)
+    if x.ndim != 2 or x.shape[1] != features:
+        raise ValueError(f"x must have shape (N, {features}), got {tuple(x.shape)}")
+    where = chain.parameters[0].device
+    if x.device != where:
+        raise ValueError(f"x must be on {where}, where the parameters are, got {x.device}")
+    if (context is None) != (chain.context == 0):
+        got = "none" if context is None else f"shape {tuple(context.shape)}"
+        raise ValueError(f"context must have {chain.context} features, got {got}")
+    if context is not None:
+        _check_tensor("context", context)
+        if context.shape != (len(x), chain.context):
+            raise ValueError(
+                f"context must have shape ({len(x)}, {chain.context}), got {tuple(context.shape)}"
+            )
+        _check_device("context", context, x)
 
 
 def _check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:

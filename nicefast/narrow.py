@@ -37,10 +37,10 @@ KEPT_ELEMENTS = 1 << 20  # of all activations of a batch
 
 
 class Left(NamedTuple):
-    """What :meth:`NarrowFlow.log_prob` leaves for its gradient: the rows after the couplings and,
-    of a small batch, the block with all its activations, and the layers that made them."""
+    """What :meth:`NarrowFlow.log_prob` leaves for its gradient besides the rows after the
+    couplings: of a small batch the block with all its activations, and the layers it went through.
+    """
 
-    image: Tensor
     block: Block | None
     layers: Columns
 
@@ -73,47 +73,57 @@ class NarrowFlow:
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
+        z = x.new_empty(x.shape) if want_z else None
+        log_prob = x.new_empty(len(x)) if want_log_prob else None
+        self._forward(x, context, log_scale, None, z, log_prob)
+        none = x.new_empty(0)
+        return none if z is None else z, none if log_prob is None else log_prob
+
+    def log_prob(
+        self, x: Tensor, context: Tensor | None, log_scale: Tensor
+    ) -> tuple[Tensor, Tensor, Left]:
+        """log_prob of rows x (N, D), to the last bit :meth:`forward`'s; h (N, D), the rows after
+        the couplings; and what else its gradient takes."""
+        log_prob, h = x.new_empty(len(x)), x.new_empty(x.shape)
+        left = self._forward(x, context, log_scale, h, None, log_prob, keep=True)
+        return log_prob, h, left
+
+    def _forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        h: Tensor | None,
+        z: Tensor | None,
+        log_prob: Tensor | None,
+        keep: bool = False,
+    ) -> Left:
+        """Rows x into those of h, z and log_prob that are given; the block is left if it may be."""
         check_log_scale(log_scale)
-        z = x.new_empty(x.shape if want_z else (0,))
-        log_prob = x.new_empty(len(x) if want_log_prob else 0)
         scales, cut = self._scales(log_scale), self._cut(len(x))
         layers = Columns(self.chain, inverse=False, few=len(x) < FEW_ROWS)
-
-        def work(share: Iterable[int]) -> None:
-            density = self._density(log_scale, scales, cut.size) if want_log_prob else None
-            for rows, block in self._blocks(cut, share):
-                block.take(x[rows], None if context is None else context[rows])
-                layers.run(block)
-                if density is not None:
-                    density(block, log_prob[rows])
-                if want_z:
-                    block.scale(scales)
-                    block.put(z[rows])
-
-        cut.hand_out(work)
-        return z, log_prob
-
-    def log_prob(self, x: Tensor, context: Tensor | None, log_scale: Tensor) -> tuple[Tensor, Left]:
-        """log_prob of rows x (N, D), to the last bit :meth:`forward`'s, and what is left of it."""
-        check_log_scale(log_scale)
-        log_prob, image = x.new_empty(len(x)), x.new_empty(x.shape)
-        scales, cut = self._scales(log_scale), self._cut(len(x))
-        layers = Columns(self.chain, inverse=False, few=len(x) < FEW_ROWS)
-        keep = len(cut) == 1 and len(x) <= self.most_kept
+        keep = keep and len(cut) == 1 and len(x) <= self.most_kept
         kept: list[Block] = []
 
         def work(share: Iterable[int]) -> None:
-            density = self._density(log_scale, scales, cut.size)
+            density = None
+            if log_prob is not None:
+                density = self._density(log_scale, scales, cut.size)
             for rows, block in self._blocks(cut, share, keep):
                 block.take(x[rows], None if context is None else context[rows])
                 layers.run(block)
-                block.put(image[rows])
-                density(block, log_prob[rows])
+                if h is not None:
+                    block.put(h[rows])
+                if density is not None and log_prob is not None:
+                    density(block, log_prob[rows])
+                if z is not None:
+                    block.scale(scales)
+                    block.put(z[rows])
                 if keep:
                     kept.append(block)
 
         cut.hand_out(work)
-        return log_prob, Left(image, kept[0] if kept else None, layers)
+        return Left(kept[0] if kept else None, layers)
 
     def log_prob_backward(
         self,
@@ -121,6 +131,7 @@ class NarrowFlow:
         x: Tensor,
         context: Tensor | None,
         log_scale: Tensor,
+        h: Tensor,
         left: Left,
         wants_x: bool = True,
         wants_context: bool = True,
@@ -129,7 +140,7 @@ class NarrowFlow:
         scales = self._scales(log_scale)
 
         def start(block: Block, rows: slice) -> list[Tensor]:
-            block.take(left.image[rows])
+            block.take(h[rows])
             g, found = grad[rows], []
             for side, scale in zip(block.features, scales, strict=True):
                 z = side * scale

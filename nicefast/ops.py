@@ -8,7 +8,7 @@ Gradients live one floor up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -301,11 +301,11 @@ def _in_blocks_of_rows(out: Tensor, fill: Callable[[slice], None]) -> None:
     most = max(1, NOISE_ELEMENTS // out.shape[1])
     cut = Blocks(len(out), most, most, out.device)
 
-    def work(share: range) -> None:
+    def work(share: Iterable[int]) -> None:
         for i in share:
             fill(cut[i])
 
-    cut.deal(work)
+    cut.hand_out(work)
 
 
 _define(

@@ -3,7 +3,8 @@
     whole flow       one kernel launch from x to log_prob (nicefast.kernels.flow): where kernels
                      run, for narrow MLPs
     products         the couplings as nothing but matrix products (nicefast.products): on the CPU
-                     in blocks of rows that stay in the cache
+                     in blocks of rows that stay in the cache, narrow flows on their side, from x to
+                     log_prob in one pass (nicefast.narrow)
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
 
 A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user

@@ -51,7 +51,8 @@ class Activation(NamedTuple):
 _aten = torch.ops.aten
 # not in every build
 linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# oneDNN's relu turns NaN into 0, its leaky_relu does not; and -2^-60 |x| is lost in any sum
+# oneDNN's relu turns NaN into 0, its leaky_relu does not; -2^-60 |x| is nothing beside what else is
+# summed, and far enough from the denormal numbers, with which arithmetic is slow
 ACTIVATIONS = {
     "relu": Activation(
         torch.relu_,

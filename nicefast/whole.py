@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from . import backend
 from .ops import check_log_scale, columns_of
-from .products import Chain, Gradients, couple_backward
+from .products import Chain
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,6 @@ class WholeFlow:
         if inverse:
             return self.inverse(x, context, zero)
         return self.forward(x, context, zero, want_z=True)[0]
-
-    def couple_backward(
-        self,
-        grad_y: Tensor,
-        x: Tensor,
-        context: Tensor | None,
-        inverse: bool,
-        wants_x: bool = True,
-        wants_context: bool = True,
-    ) -> Gradients:
-        """See :func:`nicefast.products.couple_backward`."""
-        return couple_backward(
-            self.chain, grad_y, x, context, inverse, None, wants_x, wants_context
-        )
 
     def packed(self) -> tuple[Tensor, ...]:
         """The parameters as the kernel reads them, as they are now."""

@@ -124,6 +124,16 @@ def test_a_log_scale_that_is_not_finite_is_an_error():
             call(x)
 
 
+@pytest.mark.parametrize("name", ["x", "context", "log_scale"])
+def test_functional_narrow_log_prob_checks_its_arguments(name):
+    model = make(6, context=2)
+    given = {"x": torch.randn(5, 6), "context": torch.randn(5, 2), "log_scale": torch.zeros(6)}
+    found = nf.choose_path(model, given["x"], given["context"]).narrow
+    assert nf.functional.narrow_log_prob(found, **given).shape == (5,)
+    with pytest.raises(ValueError, match=f"^{name} must have"):
+        nf.functional.narrow_log_prob(found, **{**given, name: given[name][..., :-1]})
+
+
 def test_blocks_are_handed_out_once_each():
     for rows in (0, 1, 1000):
         cut, seen = Blocks(rows, 10, 0, torch.device("cpu")), []

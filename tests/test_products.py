@@ -27,9 +27,12 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(narrow, "FEW_ROWS", 0)
 
 
-@pytest.fixture(params=["rebuilt", "kept"])
+@pytest.fixture(params=["rebuilt", "rebuilt row by row", "kept"])
 def activations(request, monkeypatch):
-    monkeypatch.setattr("nicefast.path.REBUILD_WIDTH", 10**6 if request.param == "rebuilt" else 0)
+    """``rebuilt``: by a narrow flow, its rows on their side; otherwise by products of rows."""
+    monkeypatch.setattr("nicefast.path.REBUILD_WIDTH", 0 if request.param == "kept" else 10**6)
+    if request.param == "rebuilt row by row":
+        monkeypatch.setattr("nicefast.path._narrow", lambda *_: None)
 
 
 def make(features=7, device="cpu", **options):
@@ -114,12 +117,13 @@ def test_large_enough_for_onednn(activations):
 
 
 @pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
+@pytest.mark.parametrize("hidden", [(16, 24), (160, 150)], ids=["narrow", "wide"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinity_are_never_lost(monkeypatch, activation, least):
+def test_nan_and_infinity_are_never_lost(monkeypatch, activation, hidden, least):
     """A NaN in a conditioning feature reaches every shifted one, through every activation."""
     monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
     monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
-    model = make(6, activation=activation, partition="half", couplings=1)
+    model = make(6, hidden=hidden, activation=activation, partition="half", couplings=1)
     x = torch.randn(20, 6)
     x[3, 1] = torch.nan
     with torch.no_grad():
@@ -147,9 +151,10 @@ def test_the_gradient_is_made_of_relu_s_own_zeros(monkeypatch, least):
     assert all((h >= 0).all() and (h == 0).any() for h in hidden)
 
 
-def test_weights_are_never_out_of_date():
+@pytest.mark.parametrize("width", [30, 300])
+def test_weights_are_never_out_of_date(width):
     """However a parameter is changed, also behind autograd's back, the next result has it."""
-    model, x = make(hidden=(300, 300)), torch.randn(5000, 7)
+    model, x = make(hidden=(width, width)), torch.randn(5000, 7)
 
     def both():
         with torch.no_grad():
@@ -163,12 +168,12 @@ def test_weights_are_never_out_of_date():
     (-model.log_prob(x).mean()).backward()
     optimizer.step()
     seen.append(both())
-    model.load_state_dict(make(hidden=(300, 300)).state_dict())
+    model.load_state_dict(make(hidden=(width, width)).state_dict())
     seen.append(both())
     for p in model.parameters():
         p.data.mul_(0.5)
     seen.append(both())
-    model.couplings[0].conditioner.linears[1].weight = torch.nn.Parameter(torch.zeros(300, 300))
+    model.couplings[0].conditioner.linears[1].weight = torch.nn.Parameter(torch.zeros(width, width))
     seen.append(both())
     model.to(torch.bfloat16).to(torch.float32)  # rounds
     seen.append(both())
