@@ -208,18 +208,18 @@ def test_killed_at_random_moments(forks, whole, kind, tmp_path):
     expected, seconds = whole[kind]
     moments = random.Random(kind)
     kills = tries = stages = 0
-    while kills < KILLS:
+    # enough of them while there was something to go on with, however fast this machine is just now
+    while kills < KILLS or stages <= KILLS // 3:
         tries += 1
         assert tries < 20 * KILLS
         out = tmp_path / f"y{tries}{kind}"
-        while not out.exists() and kills < KILLS:
+        while not out.exists() and (kills < KILLS or stages <= KILLS // 3):
             killed, said = forks.run(out, after=moments.uniform(0, seconds), slow=0.002)
             assert said == ""
             kills += killed
             check(out, expected)
             stages += killed and unfinished(out).exists()
         complete(forks, out, expected)
-    assert stages > KILLS // 3  # there was something to go on with
 
 
 @pytest.mark.parametrize("kind", KINDS)
