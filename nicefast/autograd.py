@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
+from .chain import Chain
 from .narrow import NarrowFlow
 from .ops import columns_of
-from .products import Activations, Chain, couple, couple_backward
+from .products import Activations, couple, couple_backward, cut
 from .reference import at_least_float32
+from .small import SmallBatch
 from .whole import WholeFlow
 
 
@@ -178,35 +180,36 @@ class SamplePrior(Function):
 
 
 class FlowLogProb(Function):
-    """log_prob of a narrow flow in one pass, and its gradient in another."""
+    """log_prob of a flow in one pass, and its gradient in another."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        narrow: NarrowFlow,
+        flow: NarrowFlow | SmallBatch,
         x: Tensor,
         context: Tensor | None,
         log_scale: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        log_prob, h, left = narrow.log_prob(x, context, log_scale)
+        log_prob, h, left = flow.log_prob(x, context, log_scale)
         ctx.save_for_backward(x, context, log_scale, h)
-        ctx.narrow, ctx.left = narrow, left
+        ctx.flow, ctx.left = flow, left
         ctx.versions = [p._version for p in parameters]
         return log_prob
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, context, log_scale, h = ctx.saved_tensors
-        narrow: NarrowFlow = ctx.narrow
-        _check_versions(narrow.chain, ctx.versions)
+        flow: Any = ctx.flow  # its own left
+        chain: Chain = flow.chain
+        _check_versions(chain, ctx.versions)
         if torch.is_grad_enabled():  # a gradient that must be differentiable itself
-            h = _couple_again(narrow.chain, x, context, inverse=False)
-            _, again = reference.scale_log_prob(h, log_scale, narrow.prior, return_z=True)
-            inputs = [x, context, log_scale, *narrow.chain.parameters]
+            h = _couple_again(chain, x, context, inverse=False)
+            _, again = reference.scale_log_prob(h, log_scale, flow.prior, return_z=True)
+            inputs = [x, context, log_scale, *chain.parameters]
             return None, *_gradients_again(again, inputs, ctx.needs_input_grad[1:], grad)
         _, wants_x, wants_context, *_ = ctx.needs_input_grad
-        gradients, grad_log_scale = narrow.log_prob_backward(
+        gradients, grad_log_scale = flow.log_prob_backward(
             grad, x, context, log_scale, h, ctx.left, wants_x, wants_context
         )
         grad_c = gradients.context
@@ -226,22 +229,22 @@ class Couple(Function):
     def forward(
         ctx: Any,
         chain: Chain,
-        whole: WholeFlow | NarrowFlow | None,
+        flow: WholeFlow | NarrowFlow | SmallBatch | None,
         inverse: bool,
         x: Tensor,
         context: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
         activations = None
-        if whole is not None:
-            y = whole.couple(x, context, inverse)
+        if flow is not None and chain.rebuild:
+            y = flow.couple(x, context, inverse)
         else:
             if not chain.rebuild:  # cut once: both passes have to see the same blocks
-                activations = Activations(chain.cut(len(x), x.device, training=True))
+                activations = Activations(cut(chain, len(x), x.device, training=True))
             y = couple(chain, x, context, inverse, activations)
         ctx.save_for_backward(x, context)
         # not among the saved tensors: they are the model's, and no copies of anything
-        ctx.chain, ctx.whole, ctx.inverse, ctx.activations = chain, whole, inverse, activations
+        ctx.chain, ctx.flow, ctx.inverse, ctx.activations = chain, flow, inverse, activations
         ctx.versions = [p._version for p in parameters]
         return y
 
@@ -256,8 +259,8 @@ class Couple(Function):
             grads = _gradients_again(again, inputs, ctx.needs_input_grad[3:], grad_y)
             return None, None, None, *grads
         _, _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
-        if isinstance(ctx.whole, NarrowFlow):
-            gradients = ctx.whole.couple_backward(
+        if isinstance(ctx.flow, NarrowFlow):
+            gradients = ctx.flow.couple_backward(
                 grad_y, x, context, ctx.inverse, wants_x, wants_context
             )
         else:

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import TypeVar
 
@@ -82,6 +82,10 @@ class Blocks:
         return max(1, min(self.threads, len(self)))
 
     def _run(self, work: Callable[[S], T], shares: list[S]) -> list[T]:
+        if len(shares) == 1:
+            with alone(self.device):
+                return [work(shares[0])]
+        _settle_allocator()
         inference = torch.is_inference_mode_enabled()
 
         def run(share: S) -> T:
@@ -92,16 +96,26 @@ class Blocks:
             ):
                 return work(share)
 
-        _settle_allocator()
-        if len(shares) == 1:
-            plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(self.device.type))
-            return [(work if plain else run)(shares[0])]  # small batches feel the difference
         pool = _pool(os.getpid(), torch.get_num_threads())
         futures = [pool.submit(run, share) for share in shares]
         errors = [e for e in (future.exception() for future in futures) if e]  # waits for them all
         if errors:
             raise errors[0]
         return [future.result() for future in futures]
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def alone(device: torch.device) -> AbstractContextManager[None]:
+    """What a single share runs in: the caller's thread, without gradients or autocast."""
+    _settle_allocator()
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        return _undisturbed(device)
+    return nullcontext()  # small batches feel the difference
 
 
 def _threads() -> int:

@@ -13,12 +13,12 @@ from torch.distributions import Distribution
 
 from . import backend, exact, priors, reversible
 from . import functional as F  # noqa: N812
+from .chain import Chain
 from .distributions import FlowDistribution, FlowTransform
 from .graphs import METHODS, GraphedFlow
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition, partition_chain
 from .path import Path, choose_path
-from .products import Chain
 from .reference import at_least_float32, check_prior
 
 
@@ -200,8 +200,8 @@ class NICE(nn.Module):
         """Exact log-density of each x, in nats; float32 or wider."""
         h, c = self.rows("x", x, context)
         path, log_scale = choose_path(self, h, c), self.scaling.log_scale
-        if path.narrow is not None:
-            log_prob = F.narrow_log_prob(path.narrow, h, c, log_scale)
+        if path.differentiable is not None:
+            log_prob = F.flow_log_prob(path.differentiable, h, c, log_scale)
         elif path.whole is not None and not self._records(path.whole.chain, h, c):
             _, log_prob = path.whole.forward(h, c, log_scale, want_log_prob=True)
         else:
@@ -357,8 +357,8 @@ class NICE(nn.Module):
         _check_count("rows", rows, 1)
         log_scale = self.scaling.log_scale
         device = log_scale.device
-        like = torch.empty(1, self.features, dtype=self.dtype, device=device)
-        context = like.new_empty(1, self.context) if self.context else None
+        like = torch.empty(1, self.features, dtype=self.dtype, device=device).expand(rows, -1)
+        context = like.new_empty(1, self.context).expand(rows, -1) if self.context else None
         path = choose_path(self, like, context)
         elementwise = f"element-wise operations: {backend.describe(device)}"
         return f"{path.describe(rows, self.features, device)}\n{elementwise}"

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from . import autograd, products, reference
+from .chain import Chain
 from .narrow import NarrowFlow
 from .ops import Features, check_log_scale
-from .products import Chain
 from .reference import check_prior
+from .small import SmallBatch
 from .whole import WholeFlow
 
 LEVELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -354,7 +355,7 @@ def couple(
     x: Tensor,
     context: Tensor | None = None,
     inverse: bool = False,
-    whole: WholeFlow | NarrowFlow | None = None,
+    flow: WholeFlow | NarrowFlow | SmallBatch | None = None,
 ) -> Tensor:
     """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
 
@@ -366,7 +367,7 @@ def couple(
         x: (N, D), float32.
         context: (N, K), where the conditioners take one.
         inverse: back through the couplings.
-        whole: what does it at once, if :func:`nicefast.choose_path` found something (``.fused``).
+        flow: what does it at once, if :func:`nicefast.choose_path` found something (``.fused``).
 
     Returns:
         y (N, D), a new tensor.
@@ -385,22 +386,22 @@ def couple(
     _check_rows(chain, x, context)
     parameters = chain.parameters
     if records(x, context, *parameters):
-        return autograd.Couple.apply(chain, whole, inverse, x, context, *parameters)
-    if whole is not None:
-        return whole.couple(x, context, inverse)
+        return autograd.Couple.apply(chain, flow, inverse, x, context, *parameters)
+    if flow is not None:
+        return flow.couple(x, context, inverse)
     return products.couple(chain, x, context, inverse)
 
 
-def narrow_log_prob(
-    narrow: NarrowFlow, x: Tensor, context: Tensor | None, log_scale: Tensor
+def flow_log_prob(
+    flow: NarrowFlow | SmallBatch, x: Tensor, context: Tensor | None, log_scale: Tensor
 ) -> Tensor:
-    """log_prob (N,) of rows x (N, D) by a whole narrow flow, in nats: what ``couple`` and
+    """log_prob (N,) of rows x (N, D) by a whole flow in one pass, in nats: what ``couple`` and
     :func:`scale_log_prob` say one after the other (Dinh et al. 2014, equation 1).
 
-    Differentiable any number of times; memory does not grow with the number of couplings.
+    Differentiable any number of times.
 
     Args:
-        narrow: what :func:`nicefast.choose_path` found for rows of this kind (``.narrow``).
+        flow: what :func:`nicefast.choose_path` found for rows of this kind (``.fused``) on a CPU.
         x: (N, D), float32.
         context: (N, K), where the conditioners take one.
         log_scale: (D,), float32.
@@ -412,17 +413,17 @@ def narrow_log_prob(
 
     >>> import torch, nicefast as nf
     >>> flow, x = nf.NICE(4, hidden=(8,)), torch.ones(2, 4)
-    >>> narrow, log_scale = nf.choose_path(flow, x).narrow, flow.scaling.log_scale
-    >>> log_prob = nf.functional.narrow_log_prob(narrow, x, None, log_scale)
+    >>> fused, log_scale = nf.choose_path(flow, x).fused, flow.scaling.log_scale
+    >>> log_prob = nf.functional.flow_log_prob(fused, x, None, log_scale)
     >>> torch.equal(log_prob, flow.log_prob(x))
     True
     """
-    _check_rows(narrow.chain, x, context)
-    _check_density(x, log_scale, narrow.prior)
-    parameters = narrow.chain.parameters
+    _check_rows(flow.chain, x, context)
+    _check_density(x, log_scale, flow.prior)
+    parameters = flow.chain.parameters
     if records(x, context, log_scale, *parameters):
-        return autograd.FlowLogProb.apply(narrow, x, context, log_scale, *parameters)
-    return narrow.forward(x, context, log_scale, want_log_prob=True)[1]
+        return autograd.FlowLogProb.apply(flow, x, context, log_scale, *parameters)
+    return flow.forward(x, context, log_scale, want_log_prob=True)[1]
 
 
 def records(*tensors: Tensor | None) -> bool:

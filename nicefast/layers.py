@@ -257,34 +257,36 @@ class Scaling(nn.Module):
         return str(self.log_scale.shape[0])
 
 
+PLAIN = (Tensor, nn.Parameter)  # types of tensors of which everything is known
+
+
 def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] | str:
     """(weight, bias) of each linear layer, or why the module can't be computed from them alone."""
     if type(conditioner) is not MLP:
         return f"a {type(conditioner).__name__}, whose inside is not known"
     linears = list(cast("nn.ModuleList", conditioner._modules["linears"])._modules.values())
-    if any(module is None or is_watched(module) for module in (conditioner, *linears)):
-        return "hooks, or a forward of its own"
     layers = []
-    for linear in linears:
-        parameters = () if linear is None else tuple(linear._parameters.values())
-        if (
-            type(linear) is not nn.Linear
-            or len(parameters) != 2
-            or any(type(p) not in (Tensor, nn.Parameter) for p in parameters)
-        ):
+    for module in (conditioner, *linears):
+        if module is None or is_watched(module):
+            return "hooks, or a forward of its own"
+    for linear in linears:  # every call comes here: each step of it shows in a small batch
+        own = linear._parameters if type(linear) is nn.Linear else {}
+        weight, bias = own.get("weight"), own.get("bias")
+        if len(own) != 2 or type(weight) not in PLAIN or type(bias) not in PLAIN:
             return "a layer that is no plain nn.Linear"
-        layers.append(cast("tuple[Tensor, Tensor]", parameters))
+        layers.append(cast("tuple[Tensor, Tensor]", (weight, bias)))
     return layers
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether calling it does anything but its class's forward."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 

@@ -11,38 +11,26 @@ column of its weights: a layer is one product. Of the batch only x is read from 
 result written; in between, the same buffers serve block after block.
 
 The gradient rebuilds activations a block at a time, from the chain's input (see
-:mod:`nicefast.products`): what is stored does not grow with the number of couplings. They are kept
-only for a batch so small that all of them take a few MiB at most.
+:mod:`nicefast.products`): what is stored does not grow with the number of couplings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import likelihood
 from .blocks import Blocks
+from .chain import Chain
 from .ops import check_log_scale, columns_of
-from .products import REBUILT_ELEMENTS, Chain, Gradients
-from .sideways import Block, Columns, Sum
+from .products import REBUILT_ELEMENTS, Gradients, Sum, merge
+from .sideways import Block, Columns
 
 BLOCK_ELEMENTS = 1 << 18  # of one activation: a few of them stay in a core's own cache
 LEAST_FLOPS = 1 << 28  # below this, a batch is not worth the hand-over to threads
-FEW_ROWS = 1 << 9  # with fewer, what is formed of the weights for one call shows in its time
-KEPT_ELEMENTS = 1 << 20  # of all activations of a batch
-
-
-class Left(NamedTuple):
-    """What :meth:`NarrowFlow.log_prob` leaves for its gradient besides the rows after the
-    couplings: of a small batch the block with all its activations, and the layers it went through.
-    """
-
-    block: Block | None
-    layers: Columns
 
 
 @dataclass(frozen=True)
@@ -58,11 +46,6 @@ class NarrowFlow:
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""
         return f"{self._cut(rows).describe()}, each on its side"
-
-    @property
-    def most_kept(self) -> int:
-        """Rows of the largest batch whose activations are kept for the gradient."""
-        return KEPT_ELEMENTS // self.chain.kept
 
     def forward(
         self,
@@ -81,12 +64,11 @@ class NarrowFlow:
 
     def log_prob(
         self, x: Tensor, context: Tensor | None, log_scale: Tensor
-    ) -> tuple[Tensor, Tensor, Left]:
+    ) -> tuple[Tensor, Tensor, Columns]:
         """log_prob of rows x (N, D), to the last bit :meth:`forward`'s; h (N, D), the rows after
-        the couplings; and what else its gradient takes."""
+        the couplings; and the layers, as its gradient takes them."""
         log_prob, h = x.new_empty(len(x)), x.new_empty(x.shape)
-        left = self._forward(x, context, log_scale, h, None, log_prob, keep=True)
-        return log_prob, h, left
+        return log_prob, h, self._forward(x, context, log_scale, h, None, log_prob)
 
     def _forward(
         self,
@@ -96,20 +78,17 @@ class NarrowFlow:
         h: Tensor | None,
         z: Tensor | None,
         log_prob: Tensor | None,
-        keep: bool = False,
-    ) -> Left:
-        """Rows x into those of h, z and log_prob that are given; the block is left if it may be."""
+    ) -> Columns:
+        """Rows x into those of h, z and log_prob that are given."""
         check_log_scale(log_scale)
         scales, cut = self._scales(log_scale), self._cut(len(x))
-        layers = Columns(self.chain, inverse=False, few=len(x) < FEW_ROWS)
-        keep = keep and len(cut) == 1 and len(x) <= self.most_kept
-        kept: list[Block] = []
+        layers = Columns(self.chain, inverse=False)
 
         def work(share: Iterable[int]) -> None:
             density = None
             if log_prob is not None:
                 density = self._density(log_scale, scales, cut.size)
-            for rows, block in self._blocks(cut, share, keep):
+            for rows, block in self._blocks(cut, share):
                 block.take(x[rows], None if context is None else context[rows])
                 layers.run(block)
                 if h is not None:
@@ -119,11 +98,9 @@ class NarrowFlow:
                 if z is not None:
                     block.scale(scales)
                     block.put(z[rows])
-                if keep:
-                    kept.append(block)
 
         cut.hand_out(work)
-        return Left(kept[0] if kept else None, layers)
+        return layers
 
     def log_prob_backward(
         self,
@@ -132,7 +109,7 @@ class NarrowFlow:
         context: Tensor | None,
         log_scale: Tensor,
         h: Tensor,
-        left: Left,
+        layers: Columns,
         wants_x: bool = True,
         wants_context: bool = True,
     ) -> tuple[Gradients, Tensor]:
@@ -149,7 +126,7 @@ class NarrowFlow:
                 found.append(z.mul_(score).sum(1).add_(g.sum()))
             return found
 
-        gradients, found = self._backward(x, context, False, start, wants_x, wants_context, left)
+        gradients, found = self._backward(x, context, False, start, wants_x, wants_context, layers)
         total = torch.zeros_like(log_scale)
         for f, own in zip(self.chain.sides, found, strict=bool(found)):  # none without rows
             total[columns_of(f.indices, f.start, f.step, f.size)] = own
@@ -176,7 +153,7 @@ class NarrowFlow:
         self, x: Tensor, context: Tensor | None, inverse: bool, scales: list[Tensor] | None
     ) -> Tensor:
         y, cut = x.new_empty(x.shape), self._cut(len(x))
-        layers = Columns(self.chain, inverse, few=len(x) < FEW_ROWS)
+        layers = Columns(self.chain, inverse)
 
         def work(share: Iterable[int]) -> None:
             for rows, block in self._blocks(cut, share):
@@ -214,7 +191,7 @@ class NarrowFlow:
         start: Callable[[Block, slice], list[Tensor]],
         wants_x: bool,
         wants_context: bool,
-        left: Left | None = None,
+        layers: Columns | None = None,
     ) -> tuple[Gradients, list[Tensor]]:
         """Back through the couplings from what ``start`` makes of a block, the gradient of its rows
         after them; and the sums over blocks of what it returns.
@@ -223,11 +200,8 @@ class NarrowFlow:
         every time.
         """
         chain, steps = self.chain, self.chain.steps(inverse)
-        kept = None if left is None else left.block
         cut = self._cut(len(x), training=True)
-        if kept is not None:  # whatever the number of threads is by now
-            cut = Blocks(len(x), len(x), len(x), x.device)
-        layers = Columns(chain, inverse) if left is None else left.layers
+        layers = Columns(chain, inverse) if layers is None else layers
         grad_x = x.new_empty(x.shape) if wants_x else None
         grad_c = None
         if context is not None and wants_context:
@@ -238,11 +212,9 @@ class NarrowFlow:
             found: list[Tensor] = []
             blocks = self._blocks(cut, share, keep=True)
             for rows, grad in self._blocks(cut, share):
-                block = kept
-                if block is None:
-                    _, block = next(blocks)
-                    block.take(x[rows], None if context is None else context[rows])
-                    layers.run(block, to_the_end=False)
+                _, block = next(blocks)
+                block.take(x[rows], None if context is None else context[rows])
+                layers.run(block, to_the_end=False)
                 more = start(grad, rows)
                 found = [a.add_(b) for a, b in zip(found, more, strict=True)] if found else more
                 grad.context.zero_()
@@ -257,9 +229,7 @@ class NarrowFlow:
 
         (sums, found), *others = cut.deal(work)
         for other, more in others:
-            for own, theirs in zip(sums, other, strict=True):
-                for mine, yours in zip(own, theirs, strict=True):
-                    mine.merge(yours)
+            merge(sums, other)
             for a, b in zip(found, more, strict=True):
                 a.add_(b)
         parameters = [g for i, own in enumerate(sums) for g in layers.gathered(i, own)]

@@ -3,8 +3,8 @@
     whole flow       one kernel launch from x to log_prob (nicefast.kernels.flow): where kernels
                      run, for narrow MLPs
     products         the couplings as nothing but matrix products (nicefast.products): on the CPU
-                     in blocks of rows that stay in the cache, narrow flows on their side, from x to
-                     log_prob in one pass (nicefast.narrow)
+                     small batches in one piece (nicefast.small), others in blocks of rows that stay
+                     in the cache, those of narrow flows on their side (nicefast.narrow)
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
 
 A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
-from .layers import MLP, AdditiveCoupling, Scaling, is_watched, plain_layers
+from .chain import Chain, Layers
+from .layers import MLP, PLAIN, AdditiveCoupling, Scaling, is_watched, plain_layers
 from .narrow import NarrowFlow
-from .products import Chain, Layers
+from .products import cut
 from .roofline import DEVICES, ceilings, layers_work
+from .small import SmallBatch
 from .whole import WholeFlow
 
 REBUILD_WIDTH = 128  # up to this hidden width the backward pass rebuilds activations
@@ -32,24 +34,26 @@ SERVED = ("cpu", "cuda")
 LAYERS = "layer by layer"
 EXACT = "exact"
 KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class Path(NamedTuple):
-    """The way a call takes: ``whole`` where one kernel does everything, ``narrow`` where one pass
-    over blocks of rows on their side does, ``chain`` where the couplings go through products in one
-    piece, as they do in the gradient of a whole flow."""
+    """The way a call takes: ``chain`` where the couplings go through products, as they do in the
+    gradient of a whole flow; ``fused`` is what takes rows all the way from x to log_prob."""
 
     name: str
     reason: str
     chain: Chain | None = None
-    whole: WholeFlow | None = None
-    narrow: NarrowFlow | None = None
+    fused: WholeFlow | NarrowFlow | SmallBatch | None = None
 
     @property
-    def fused(self) -> WholeFlow | NarrowFlow | None:
-        """What takes rows all the way from x to log_prob."""
-        return self.whole if self.whole is not None else self.narrow
+    def whole(self) -> WholeFlow | None:
+        """The kernel that does everything."""
+        return self.fused if isinstance(self.fused, WholeFlow) else None
+
+    @property
+    def differentiable(self) -> NarrowFlow | SmallBatch | None:
+        """What also has the gradient of log_prob."""
+        return None if isinstance(self.fused, WholeFlow) else self.fused
 
     def describe(self, rows: int, features: int, device: torch.device) -> str:
         """Path, tile or blocks, precision, products, bytes, and the least time for each row."""
@@ -60,7 +64,7 @@ class Path(NamedTuple):
         if self.fused is not None:
             pieces = self.fused.pieces(rows)
         else:
-            pieces = chain.cut(rows, device).describe()
+            pieces = cut(chain, rows, device).describe()
         widths = [(w[0][0].shape[1], *(b.shape[0] for _, b in w)) for w in chain.couplings]
         work = layers_work(rows, features, widths, "log_prob", chain.context)
         precision = torch.get_float32_matmul_precision()
@@ -77,8 +81,6 @@ class Path(NamedTuple):
             for name, published in DEVICES.items()
         )
         gradient = "rebuilds activations" if chain.rebuild else "keeps activations"
-        if self.narrow is not None:
-            gradient += f", of at most {self.narrow.most_kept} rows keeps them"
         return "\n".join(
             (
                 f"{self.name}: {self.reason}",
@@ -129,7 +131,8 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
         return Path(LAYERS, chain)
     reason = "every coupling is an MLP's, on one partition"
     if not backend.uses_kernels(x.device):
-        return Path("products", reason, chain, narrow=_narrow(chain, flow, x.device))
+        fused = _on_cpu(chain, flow, x)
+        return Path("products", reason, chain if fused is None else fused.chain, fused)
     whole = _whole(chain, flow, x)
     if isinstance(whole, WholeFlow):
         return Path("whole flow", f"{reason}, and narrow", whole.chain, whole)
@@ -166,11 +169,15 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     return WholeFlow(replace(chain, rebuild=True), shape, tile, x.device)
 
 
-def _narrow(chain: Chain, flow: Flow, device: torch.device) -> NarrowFlow | None:
-    """The whole flow in one pass over rows on their side, where a CPU is fastest so."""
-    if device.type != "cpu" or chain.bfloat16 or not chain.rebuild:
+def _on_cpu(chain: Chain, flow: Flow, x: Tensor) -> NarrowFlow | SmallBatch | None:
+    """The whole flow in one pass, where a CPU is fastest so."""
+    if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling) is not None:
         return None
-    if _why_scaling_is_apart(flow.scaling) is not None:
+    if SmallBatch.serves(chain, x.shape[0]):
+        return SmallBatch(
+            replace(chain, rebuild=False) if chain.rebuild else chain, flow.prior_name
+        )
+    if chain.bfloat16 or not chain.rebuild:
         return None
     return NarrowFlow(chain, flow.prior_name)
 
@@ -203,7 +210,7 @@ def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode derivatives"
     for t in (x,) if context is None else (x, context):
-        if type(t) not in _PLAIN:
+        if type(t) not in PLAIN:
             return f"rows or context of type {type(t).__name__}"
     if x.dtype != torch.float32 or (context is not None and context.dtype == torch.float64):
         wide = x if context is None or x.dtype != torch.float32 else context
@@ -244,40 +251,49 @@ def _read(couplings: Sequence[nn.Module], x: Tensor, context: Tensor | None) -> 
             return f"coupling {i}: {layers}"
         read.append(layers)
     known = cast("Sequence[AdditiveCoupling]", couplings)
-    first, other = known[0].partition, ~known[0].partition
-    sides = (first.locate(x.device, True), first.locate(x.device, False))
-    mlp = cast("MLP", known[0].conditioner)
-    conditions = []
+    device, first = x.device, known[0].partition
+    other = ~first
+    sides = (first.locate(device, True), first.locate(device, False))
+    mlp = _mlp(known[0])
+    conditions, float32 = [], torch.float32
     for i, (coupling, layers) in enumerate(zip(known, read, strict=True)):
-        own = cast("MLP", coupling.conditioner)
-        if coupling.partition not in (first, other):
+        own, partition = _mlp(coupling), coupling.partition
+        if partition is first or (partition is not other and partition == first):
+            side = 0
+        elif partition is other or partition == other:
+            side = 1
+        else:
             return f"coupling {i}: a partition of its own"
-        if (own.activation, own.context) != (mlp.activation, mlp.context):
+        if own.activation != mlp.activation or own.context != mlp.context:
             return f"coupling {i}: another activation or context than the first"
-        side = 0 if coupling.partition == first else 1
         width, goal = sides[side].size + own.context, sides[1 - side].size
         for weight, bias in layers:
-            for t in (weight, bias):
-                if t.dtype != torch.float32 or t.device != x.device or type(t) not in _PLAIN:
-                    return f"coupling {i}: parameters that are no float32 tensors on {x.device}"
-            if weight.shape != (bias.shape[0], width):
+            same = weight.dtype is float32 is bias.dtype
+            if not same or weight.device != device or bias.device != device:
+                return f"coupling {i}: parameters that are no float32 tensors on {device}"
+            out = bias.shape[0]
+            if weight.shape != (out, width):
                 return f"coupling {i}: weights {tuple(weight.shape)} for {width} inputs"
-            width = bias.shape[0]
+            width = out
         if width != goal:
             return f"coupling {i}: {width} outputs for {goal} shifted features"
         conditions.append(side)
     if (context is None) != (mlp.context == 0):
         return "the context is missing or unexpected"
-    chain = Chain(
+    hidden = max([bias.shape[0] for layers in read for _, bias in layers[:-1]])
+    return Chain(
         couplings=tuple(read),
         conditions=tuple(conditions),
         sides=sides,
         activation=mlp.activation,
         context=mlp.context,
-        bfloat16=_uses_bfloat16(x.device),
-        rebuild=False,
+        bfloat16=_uses_bfloat16(device),
+        rebuild=hidden <= REBUILD_WIDTH,
     )
-    return replace(chain, rebuild=chain.hidden <= REBUILD_WIDTH)
+
+
+def _mlp(coupling: nn.Module) -> MLP:
+    return cast("MLP", coupling.__dict__["_modules"]["conditioner"])  # no way round by __getattr__
 
 
 def _layers(coupling: nn.Module) -> Layers | str:

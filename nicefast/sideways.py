@@ -5,13 +5,14 @@ See :mod:`nicefast.narrow`, which cuts a batch into such blocks.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .chain import ACTIVATIONS, Chain, linear_pointwise
 from .ops import columns_of
-from .products import ACTIVATIONS, Chain, linear_pointwise
+from .products import Sum
 
 FEW = 16  # with fewer rows or columns, oneDNN's packing of a matrix costs more than it gains,
 MANY = 1 << 10  # and with fewer columns to sum over
@@ -40,7 +41,6 @@ class Block:
         state[first] = 1
         self.sides = (state[: first + between], state[first:])
         self.features = (state[:first], state[first + between :])
-        self.own = (slice(first), slice(between, None))  # features, of each side
         self.context = state[first + 1 : first + between]
         self._columns = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
         self.given = [self.sides[side] for side in chain.conditions]
@@ -85,43 +85,26 @@ class Block:
         return found
 
 
-class Layer(NamedTuple):
-    """``[weight | bias]``, or with few rows, where forming that costs more than it gains, both."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
 class Columns:
     """The layers of a chain's couplings, forwards or back through it (``inverse``).
 
-    Of weights and biases, what is not theirs alone is formed anew for each call, never kept: it
-    can't be out of date. ``few``: for rows so few that this shows.
+    A layer is one matrix, ``[weight | bias]``, formed anew for each call: it can't be out of date.
     """
 
-    def __init__(self, chain: Chain, inverse: bool, few: bool = False) -> None:
-        self.chain, self.inverse, self.few = chain, inverse, few
+    def __init__(self, chain: Chain, inverse: bool) -> None:
+        self.chain, self.inverse = chain, inverse
         self.activation = ACTIVATIONS[chain.activation]
         self.relu = self.activation.apply_ is torch.relu_
-        self.layers: list[list[Layer]] = []
+        self.layers: list[list[Tensor]] = []
         with torch.no_grad():
-            for side, own in zip(chain.conditions, chain.couplings, strict=True):
-                columns = [Layer(w, b[:, None]) for w, b in own]
-                if not few or chain.context:
-                    columns[0] = self._first(columns[0], side)
-                if not few:
-                    columns[1:] = [_joined(layer) for layer in columns[1:]]
+            for side, ((weight, bias), *own) in zip(chain.conditions, chain.couplings, strict=True):
+                x, c = weight.split((weight.shape[1] - chain.context, chain.context), 1)
+                given = (bias[:, None], c, x) if side else (x, bias[:, None], c)  # in this order
+                columns = [given, *((w, b[:, None]) for w, b in own)]
+                layers = [torch.cat(parts, 1) for parts in columns]
                 if inverse:  # what is added has the opposite sign, to the last bit
-                    weight, bias = columns[-1]
-                    columns[-1] = Layer(-weight, None if bias is None else -bias)
-                self.layers.append(columns)
-
-    def _first(self, layer: Layer, side: int) -> Layer:
-        """The columns of a first layer in the order of what it is given."""
-        weight, bias = layer
-        assert bias is not None
-        x, c = weight.split((weight.shape[1] - self.chain.context, self.chain.context), 1)
-        return Layer(torch.cat((bias, c, x) if side else (x, bias, c), 1), None)
+                    layers[-1].neg_()
+                self.layers.append(layers)
 
     def run(self, block: Block, to_the_end: bool = True) -> None:
         """The block through all couplings, in place.
@@ -134,28 +117,19 @@ class Columns:
             h = block.given[index]
             if block.keep:
                 h.copy_(block.sides[side])
-            if layers[0].bias is not None:  # no need for the ones
-                h = h[block.own[side]]
             for layer, into in zip(layers, block.hidden[index], strict=True):
                 h = self._activated(layer, h, into)
             if to_the_end or index != steps[-1]:
-                shifted = block.features[1 - side].addmm_(last.weight, h)
-                if last.bias is not None:
-                    shifted.add_(last.bias)
+                block.features[1 - side].addmm_(last, h)
 
-    def _activated(self, layer: Layer, h: Tensor, into: Hidden) -> Tensor:
-        out, (weight, bias) = into.units, layer
+    def _activated(self, layer: Tensor, h: Tensor, into: Hidden) -> Tensor:
+        out = into.units
         if self.relu:  # one call
-            start, beta = (out, 0) if bias is None else (bias, 1)
-            torch._addmm_activation(start, weight, h, beta=beta, out=out)
+            torch._addmm_activation(out, layer, h, beta=0, out=out)
         else:
-            sums = out if into.before is None else into.before
-            if bias is None:
-                torch.mm(weight, h, out=sums)
-            else:
-                torch.addmm(bias, weight, h, out=sums)
+            sums = torch.mm(layer, h, out=out if into.before is None else into.before)
             self.activation.apply_(out if sums is out else out.copy_(sums))
-        return out if self.few else into.operand
+        return into.operand
 
     def backward(
         self, block: Block, grad: Block, index: int, sums: list[Sum], wants_given: bool
@@ -168,14 +142,12 @@ class Columns:
             d = d.neg()
         for k in range(len(layers) - 1, 0, -1):
             below = block.hidden[index][k - 1]
-            sums[k].add(d, below.units)
+            _add_product(sums[k], d, below.units)
             d = torch.mm(layers[k][0].t(), d, out=grad.hidden[index][k - 1].units)
             self.activation.backward_(d, below.units if below.before is None else below.before)
-        sums[0].add(d, block.given[index])
+        _add_product(sums[0], d, block.given[index])
         if wants_given:  # that of the ones among them is nothing to anybody
-            first = self.layers[index][0]
-            g = grad.sides[side] if first.bias is None else grad.features[side]
-            g.addmm_(first.weight.t(), d)
+            grad.sides[side].addmm_(self.layers[index][0].t(), d)
 
     def gathered(self, index: int, sums: list[Sum]) -> list[Tensor]:
         """The gradients of coupling ``index``'s parameters, in their order."""
@@ -195,47 +167,14 @@ class Columns:
         return found
 
 
-def _joined(layer: Layer) -> Layer:
-    return Layer(torch.cat((layer.weight, cast("Tensor", layer.bias)), 1), None)
-
-
-class Sum:
-    """The gradient of a layer's parameters, summed over blocks.
-
-    A bias's in float64: a sum of sums over blocks next to a plain step's pairwise one.
-    """
-
-    def __init__(self) -> None:
-        self._total: tuple[Tensor, Tensor] | None = None
-        self._flipped = False  # the weight's, as in x out
-
-    def add(self, d: Tensor, operand: Tensor) -> None:
-        """The share of ``d`` (out, N), the gradient of ``W operand + b``."""
-        out, inputs = d.shape[0], operand.shape[0]
-        self._flipped = inputs < min(out, FEW)  # products of few rows are faster
-        if self._flipped:
-            weight = torch.mm(operand, d.t())
-        elif min(out, inputs) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
-            weight = linear_pointwise(d, operand, None, "none", [], "")
-        else:
-            weight = torch.mm(d, operand.t())
-        self._add(weight, d.sum(1))
-
-    def merge(self, other: Sum) -> None:
-        """What another thread has summed."""
-        if other._total is not None:
-            self._add(*other._total)
-            self._flipped = other._flipped
-
-    def _add(self, weight: Tensor, bias: Tensor) -> None:
-        if self._total is None:
-            self._total = weight, bias
-        else:
-            self._total = self._total[0].add_(weight), self._total[1].double().add_(bias)
-
-    def total(self) -> tuple[Tensor, Tensor] | None:
-        """Weight (out, in) and bias, in float32; None where there were no rows."""
-        if self._total is None:
-            return None
-        weight, bias = self._total
-        return weight.t() if self._flipped else weight, bias.float()
+def _add_product(total: Sum, d: Tensor, operand: Tensor) -> None:
+    """The share of ``d`` (out, N), the gradient of ``W operand + b``."""
+    out, inputs = d.shape[0], operand.shape[0]
+    flipped = inputs < min(out, FEW)  # products of few rows are faster
+    if flipped:
+        weight = torch.mm(operand, d.t())
+    elif min(out, inputs) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
+        weight = linear_pointwise(d, operand, None, "none", [], "")
+    else:
+        weight = torch.mm(d, operand.t())
+    total.add(weight, d.sum(1), flipped)

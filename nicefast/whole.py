@@ -18,8 +18,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from . import backend
+from .chain import Chain
 from .ops import check_log_scale, columns_of
-from .products import Chain
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def test_each_coupling_may_have_hidden_layers_of_its_own():
 def test_explain(device):
     text = make().explain(rows=1000)
     assert text.startswith("products: every coupling")
-    assert "1000 rows in 1 blocks" in text
+    assert "1000 rows in one piece" in text
     assert "9 products, float32 operands" in text
     # 3 couplings of 3 -> 16 -> 8 -> 3: 600 weights, 81 biases; 6 of log_scale
     assert "log_prob: 1,200,000 flop of products, 30,748 bytes" in text

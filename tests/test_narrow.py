@@ -1,4 +1,4 @@
-"""Narrow flows on the CPU, at the sizes where the way through them changes."""
+"""Narrow flows on the CPU, at the sizes where the way through them changes: few rows and many."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 import nicefast as nf
 from helpers import assert_three_way, make, strided
-from nicefast import narrow
+from nicefast import narrow, small
 from nicefast.blocks import Blocks
 
 OPTIONS = [{}, {"context": 3}, {"activation": "gelu", "prior": "normal"}, {"partition": "random"}]
@@ -22,11 +22,9 @@ def gradients(model, x, c, cotangent):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(
-    "rows", [1, narrow.FEW_ROWS - 1, narrow.FEW_ROWS, 10_000, 60_000], ids="{} rows".format
-)
+@pytest.mark.parametrize("rows", [0, 1, 700, 10_000, 60_000], ids="{} rows".format)
 def test_log_prob_and_its_gradient(options, rows):
-    """Few rows and many, activations kept and rebuilt, one thread and several.
+    """Few rows in one piece, more in one block and in several, one thread and several.
 
     Smooth ones: one row at relu's kink would decide. And the largest error of a few long sums is a
     matter of luck.
@@ -34,7 +32,7 @@ def test_log_prob_and_its_gradient(options, rows):
     model = make(6, hidden=(32, 24), **{"activation": "tanh", **options})
     x, cotangent = torch.randn(rows, 6), torch.randn(rows)
     c = torch.randn(rows, 3) if model.context else None
-    assert nf.choose_path(model, x, c).narrow is not None
+    assert nf.choose_path(model, x, c).differentiable is not None
     got = gradients(model, x, c, cotangent)
     with nf.set_backend("reference"):
         plain = gradients(model, x, c, cotangent)
@@ -44,10 +42,19 @@ def test_log_prob_and_its_gradient(options, rows):
         assert_three_way(g, p, e, slack=2 if rows < 10_000 else 4)
 
 
+@pytest.mark.parametrize("rows", [1, 300])
+def test_log_prob_and_its_gradient_of_rows_on_their_side(monkeypatch, rows):
+    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: False)
+    for options in OPTIONS:
+        test_log_prob_and_its_gradient(options, rows)
+
+
 def test_the_sizes_above_take_every_way():
-    chain = nf.choose_path(make(6, hidden=(32, 24)), torch.zeros(1, 6)).chain
-    assert 10_000 * chain.kept > narrow.KEPT_ELEMENTS > narrow.FEW_ROWS * chain.kept
-    assert 60_000 * chain.flops > narrow.LEAST_FLOPS > 10_000 * chain.flops
+    model = make(6, hidden=(32, 24))
+    kinds = [type(nf.choose_path(model, torch.zeros(n, 6)).fused) for n in (700, 10_000, 60_000)]
+    assert kinds == [small.SmallBatch, small.SmallBatch, narrow.NarrowFlow]
+    chain = nf.choose_path(model, torch.zeros(1, 6)).chain
+    assert 60_000 * chain.flops > narrow.LEAST_FLOPS
 
 
 @pytest.mark.parametrize("rows", [5, 700, 60_000])
@@ -85,8 +92,10 @@ def test_a_gradient_may_be_asked_for_twice():
     assert all(map(torch.equal, first, torch.autograd.grad(value, wanted)))
 
 
-def test_threads_may_come_between_a_small_batch_and_its_gradient(monkeypatch):
+@pytest.mark.parametrize("few", [True, False])
+def test_threads_may_come_between_a_batch_and_its_gradient(monkeypatch, few):
     monkeypatch.setattr(narrow, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: few)
     model, x, before = make(6, activation="tanh"), torch.randn(300, 6), torch.get_num_threads()
     wanted = list(model.parameters())
     expected = torch.autograd.grad(model.log_prob(x).mean(), wanted)
@@ -125,13 +134,13 @@ def test_a_log_scale_that_is_not_finite_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["x", "context", "log_scale"])
-def test_functional_narrow_log_prob_checks_its_arguments(name):
+def test_functional_flow_log_prob_checks_its_arguments(name):
     model = make(6, context=2)
     given = {"x": torch.randn(5, 6), "context": torch.randn(5, 2), "log_scale": torch.zeros(6)}
-    found = nf.choose_path(model, given["x"], given["context"]).narrow
-    assert nf.functional.narrow_log_prob(found, **given).shape == (5,)
+    found = nf.choose_path(model, given["x"], given["context"]).fused
+    assert nf.functional.flow_log_prob(found, **given).shape == (5,)
     with pytest.raises(ValueError, match=f"^{name} must have"):
-        nf.functional.narrow_log_prob(found, **{**given, name: given[name][..., :-1]})
+        nf.functional.flow_log_prob(found, **{**given, name: given[name][..., :-1]})
 
 
 def test_blocks_are_handed_out_once_each():

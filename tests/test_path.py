@@ -24,13 +24,18 @@ def test_mlps_on_one_partition_go_through_products(partition, context):
     chosen = path(model, context=torch.zeros(3, 2) if context else None)
     assert chosen.name == "products"
     assert chosen.chain.products == 9
-    assert chosen.chain.rebuild
     assert not chosen.chain.bfloat16
 
 
-def test_wide_flows_keep_their_activations():
-    assert not path(flow(hidden=(129,))).chain.rebuild
-    assert path(flow(hidden=(128,))).chain.rebuild
+def test_wide_flows_and_small_batches_keep_their_activations():
+    many = torch.zeros(1, 6).expand(100_000, 6)
+    assert not path(flow(hidden=(129,)), many).chain.rebuild
+    assert path(flow(hidden=(128,)), many).chain.rebuild
+    assert not path(flow(hidden=(128,))).chain.rebuild
+    says = flow(hidden=(16,)).explain(rows=10)
+    assert "10 rows in one piece" in says
+    assert "keeps activations" in says
+    assert "rebuilds activations" in flow(hidden=(16,)).explain(rows=1_000_000)
 
 
 def _hooked(model):

@@ -11,7 +11,7 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, assert_three_way
-from nicefast import narrow, products
+from nicefast import narrow, products, small
 from nicefast.blocks import Blocks
 from nicefast.reference import ACTIVATIONS
 
@@ -24,15 +24,17 @@ def blocks(request, monkeypatch):
             monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2048)
             monkeypatch.setattr(module, "LEAST_FLOPS", 0)
         monkeypatch.setattr(products, "ROWS_PER_WIDTH", 0)
-        monkeypatch.setattr(narrow, "FEW_ROWS", 0)
 
 
-@pytest.fixture(params=["rebuilt", "rebuilt row by row", "kept"])
+@pytest.fixture(params=["small batch", "rebuilt", "rebuilt row by row", "kept"])
 def activations(request, monkeypatch):
     """``rebuilt``: by a narrow flow, its rows on their side; otherwise by products of rows."""
+    if request.param == "small batch":
+        return
+    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: False)
     monkeypatch.setattr("nicefast.path.REBUILD_WIDTH", 0 if request.param == "kept" else 10**6)
     if request.param == "rebuilt row by row":
-        monkeypatch.setattr("nicefast.path._narrow", lambda *_: None)
+        monkeypatch.setattr("nicefast.path._on_cpu", lambda *_: None)
 
 
 def make(features=7, device="cpu", **options):
@@ -62,7 +64,7 @@ def with_gradients(model, call, x, c, cotangent):
     ]
 
 
-def check(model, call, n):
+def check(model, call, n, slack=2):
     x, c = inputs(model, n)
     shape = call(model)(x, c)
     cotangent = torch.randn_like(shape[0] if isinstance(shape, tuple) else shape)
@@ -73,7 +75,7 @@ def check(model, call, n):
     exact = with_gradients(wide, call, x.double(), None if c is None else c.double(), cotangent)
     assert_three_way(got[0], plain[0], exact[0])
     for g, p, e in zip(got[1], plain[1], exact[1], strict=True):
-        assert_three_way(g, p, e)
+        assert_three_way(g, p, e, slack)
 
 
 CALLS = [lambda m: m.log_prob, lambda m: m.forward, lambda m: m.inverse]
@@ -107,13 +109,20 @@ def test_trained_weights(blocks, activations, device):
         loss.backward()
         optimizer.step()
     assert model.log_prob(x).mean().item() > first + 1
-    check(model, lambda m: m.log_prob, 300)
+    # of gradients, the largest error of a few long sums is a matter of luck: over 20 seeds it was
+    # 0.1 to 4.5 times plain PyTorch's, 0.7 in the middle
+    check(model, lambda m: m.log_prob, 300, slack=8)
 
 
-def test_large_enough_for_onednn(activations):
-    model = make(40, hidden=(300, 300), activation="silu")
-    assert products.ONEDNN_FLOPS <= 2 * 500 * 300 * 300
-    check(model, lambda m: m.log_prob, 500)
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_products_by_onednn(monkeypatch, activations, activation, context):
+    for least in ("ONEDNN_FLOPS", "ONEDNN_ROWS", "ONEDNN_FLOPS_OF_TRAINING"):
+        monkeypatch.setattr(products, least, 0)
+    monkeypatch.setattr(products, "TURNED_ROWS_PER_WIDTH", 0)
+    model = make(40, hidden=(150, 100), activation=activation, context=context, partition="half")
+    for call in CALLS:
+        check(model, call, 300)
 
 
 @pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
@@ -123,6 +132,7 @@ def test_nan_and_infinity_are_never_lost(monkeypatch, activation, hidden, least)
     """A NaN in a conditioning feature reaches every shifted one, through every activation."""
     monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
     monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", least)
     model = make(6, hidden=hidden, activation=activation, partition="half", couplings=1)
     x = torch.randn(20, 6)
     x[3, 1] = torch.nan
@@ -140,10 +150,11 @@ def test_the_gradient_is_made_of_relu_s_own_zeros(monkeypatch, least):
     """What stands for them elsewhere would make denormal numbers of an optimizer's squares."""
     monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
     monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", least)
     model = make(40, hidden=(150, 150), couplings=2)
     x = torch.randn(300, 40)
     chain = nf.choose_path(model, x).chain
-    activations = products.Activations(chain.cut(len(x), x.device, training=True))
+    activations = products.Activations(products.cut(chain, len(x), x.device, training=True))
     with torch.no_grad():
         products.couple(chain, x, None, False, activations)
     hidden = [h for kept in activations.kept[0] for h in kept.operands[1:]]
@@ -199,7 +210,7 @@ class Saved:
 
 
 def test_memory_of_narrow_flows_does_not_grow_with_depth():
-    x = torch.randn(4096, 8)
+    x = torch.randn(40_000, 8)  # more than a small batch
     saved = {}
     for couplings in (4, 64):
         model = nf.NICE(8, hidden=(32, 32), couplings=couplings)
@@ -210,7 +221,7 @@ def test_memory_of_narrow_flows_does_not_grow_with_depth():
         while nodes:  # nothing is kept on the side either
             node = nodes.pop()
             assert getattr(node, "activations", None) is None
-            assert not hasattr(node, "left") or node.left.block is None
+            assert not hasattr(getattr(node, "left", None), "kept")
             nodes += [n for n, _ in node.next_functions if n is not None]
     assert saved[4] == saved[64]
     with nf.set_backend("reference"):
@@ -219,6 +230,24 @@ def test_memory_of_narrow_flows_does_not_grow_with_depth():
             for c in (4, 64)
         ]
     assert grows[1] > 8 * grows[0] > 8 * saved[4]
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_small_batch_keeps_no_more_than_it_may(activation):
+    """However many couplings: with more of them, fewer rows are few."""
+    for couplings in (4, 64):
+        model = nf.NICE(8, hidden=(32, 32), couplings=couplings, activation=activation)
+        most = small.KEPT_ELEMENTS // nf.choose_path(model, torch.zeros(1, 8)).chain.kept
+        for rows, kind in ((most, small.SmallBatch), (most + 1, narrow.NarrowFlow)):
+            x = torch.randn(rows, 8)
+            assert type(nf.choose_path(model, x).fused) is kind
+        left = model.log_prob(x[:most]).grad_fn.next_functions[0][0].left
+        kept = {
+            t.untyped_storage().data_ptr(): t.numel()
+            for own in left.kept
+            for t in own.operands + own.inputs
+        }
+        assert 0.8 * small.KEPT_ELEMENTS < sum(kept.values()) <= small.KEPT_ELEMENTS
 
 
 @pytest.mark.parametrize("partition", ["half", "alternating"])
@@ -233,7 +262,7 @@ def test_a_wide_log_prob_is_products_and_three_kernels(partition):
 
 
 def test_a_rebuilding_step_takes_at_most_a_third_more_products(monkeypatch):
-    monkeypatch.setattr(narrow, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: False)
     model = nf.NICE(8, hidden=(32, 32, 32), couplings=4)
     x = torch.randn(50, 8)
 

@@ -1,0 +1,122 @@
+"""Couplings as plain tensors: what every fast path is given (see :mod:`nicefast.path`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import Features
+
+Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
+
+
+class Activation(NamedTuple):
+    """In place; its gradient, written over the first argument; and what oneDNN calls it."""
+
+    apply_: Callable[[Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor], Tensor]
+    from_input: bool  # the gradient is made of the activation's input, not of its output
+    fused: tuple[str, list[float], str] | None
+
+
+_aten = torch.ops.aten
+# not in every build
+linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# oneDNN's relu turns NaN into 0, its leaky_relu does not; -2^-60 |x| is nothing beside what else is
+# summed, and far enough from the denormal numbers, with which arithmetic is slow
+ACTIVATIONS = {
+    "relu": Activation(
+        torch.relu_,
+        lambda g, y: _aten.threshold_backward.grad_input(g, y, 0, grad_input=g),
+        False,
+        ("leaky_relu", [2.0**-60], ""),
+    ),
+    "leaky_relu": Activation(
+        lambda x: _aten.leaky_relu_(x, 0.01),
+        lambda g, y: _aten.leaky_relu_backward.grad_input(g, y, 0.01, True, grad_input=g),
+        False,
+        ("leaky_relu", [0.01], ""),
+    ),
+    "tanh": Activation(
+        torch.tanh_,
+        lambda g, y: _aten.tanh_backward.grad_input(g, y, grad_input=g),
+        False,
+        ("tanh", [], ""),
+    ),
+    "gelu": Activation(
+        _aten.gelu_,
+        lambda g, x: _aten.gelu_backward.grad_input(g, x, grad_input=g),
+        True,
+        ("gelu", [], "none"),
+    ),
+    "silu": Activation(
+        _aten.silu_,
+        lambda g, x: _aten.silu_backward.grad_input(g, x, grad_input=g),
+        True,
+        ("swish", [], ""),
+    ),
+    "elu": Activation(
+        _aten.elu_,
+        lambda g, y: _aten.elu_backward.grad_input(g, 1.0, 1.0, 1.0, True, y, grad_input=g),
+        False,
+        None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Couplings that take one partition and its complement, and how to compute them.
+
+    ``sides`` are the features of the two sides; coupling l conditions on ``sides[conditions[l]]``
+    and shifts the other. ``bfloat16``: the operands of products; sums and the stream are float32.
+    ``rebuild``: activations are rebuilt in the backward pass, otherwise they are kept.
+    """
+
+    couplings: tuple[Layers, ...]
+    conditions: tuple[int, ...]
+    sides: tuple[Features, Features]
+    activation: str
+    context: int
+    bfloat16: bool
+    rebuild: bool
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        return [t for layers in self.couplings for pair in layers for t in pair]
+
+    @cached_property
+    def products(self) -> int:
+        """Matrix products of one pass."""
+        return sum(len(layers) for layers in self.couplings)
+
+    @cached_property
+    def flops(self) -> int:
+        """Of all products, for one row."""
+        return 2 * sum(w.numel() for layers in self.couplings for w, _ in layers)
+
+    @cached_property
+    def hidden(self) -> int:
+        """Units of the widest hidden layer."""
+        return max(b.shape[0] for layers in self.couplings for _, b in layers[:-1])
+
+    @cached_property
+    def width(self) -> int:
+        """Of the widest tensor between two products."""
+        return max(b.shape[0] for layers in self.couplings for _, b in layers)
+
+    @cached_property
+    def kept(self) -> int:
+        """Numbers that the gradient needs of one row."""
+        twice = 2 if ACTIVATIONS[self.activation].from_input else 1
+        each = (twice * w.shape[1] for layers in self.couplings for w, _ in layers)
+        return sum(each)
+
+    def steps(self, inverse: bool) -> list[int]:
+        """The couplings in the order in which they are computed."""
+        return list(range(len(self.couplings)))[:: -1 if inverse else 1]

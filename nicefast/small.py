@@ -1,0 +1,175 @@
+"""A small batch on the CPU: from x to log_prob in one piece.
+
+So few rows cost less than the calls that compute them: every operation takes all rows at once, with
+all threads, and there are as few of them as can be. The gradient keeps the activations, which take
+32 MiB at most, however many couplings there are; only where the conditioners are wide, as many
+as such a flow keeps anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import likelihood
+from .blocks import alone
+from .chain import Chain
+from .ops import check_log_scale
+from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
+
+WIDE = 1 << 8  # hidden units
+KEPT_ELEMENTS = 1 << 23  # of all activations of a batch
+
+
+@dataclass
+class Left:
+    """What :meth:`SmallBatch.log_prob` leaves for its gradient besides z."""
+
+    products: Products
+    kept: list[Kept]
+
+
+@dataclass(frozen=True)
+class SmallBatch:
+    """Couplings, scaling and prior of a flow of MLPs, for few rows on the CPU.
+
+    Gradients are what the methods for them say; none are recorded.
+    """
+
+    chain: Chain
+    prior: str
+
+    @staticmethod
+    def serves(chain: Chain, rows: int) -> bool:
+        """Whether so many rows are few."""
+        return rows * chain.kept <= KEPT_ELEMENTS or (not chain.rebuild and go_alone(chain, rows))
+
+    @property
+    def wide(self) -> bool:
+        """Whether products are all that counts in the time taken."""
+        return self.chain.hidden > WIDE
+
+    def pieces(self, rows: int) -> str:
+        """How ``rows`` rows are cut, for people."""
+        return f"{rows} rows in one piece"
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        want_z: bool = False,
+        want_log_prob: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
+        with alone(x.device):
+            none = torch.empty(0)
+            if self.wide and not want_z:  # all else is next to nothing: one operation for it
+                h, score = self.couple(x, context, inverse=False), torch.ops.nicefast.scale_log_prob
+                return score(h, log_scale, self.prior, False)
+            z = self._latent(x, context, log_scale, Products(self.chain, x.device, False), None)
+            log_prob = self._density(z, log_scale) if want_log_prob else none
+            return self._in_rows(z) if want_z else none, log_prob
+
+    def log_prob(
+        self, x: Tensor, context: Tensor | None, log_scale: Tensor
+    ) -> tuple[Tensor, Tensor, Left]:
+        """log_prob of rows x (N, D), as :meth:`forward` gives it; and what its gradient takes:
+        z (N, D), one side after the other, and what else is left."""
+        with alone(x.device):
+            left = Left(Products(self.chain, x.device, False, training=True), [])
+            z = self._latent(x, context, log_scale, left.products, left.kept)
+            return self._density(z, log_scale), z, left
+
+    def log_prob_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        z: Tensor,
+        left: Left,
+        wants_x: bool = True,
+        wants_context: bool = True,
+    ) -> tuple[Gradients, Tensor]:
+        """Gradients of :meth:`log_prob` from that of its result; the last is log_scale's."""
+        products, grad_c = left.products, None
+        with alone(x.device):
+            if context is not None and wants_context:
+                grad_c = context.new_zeros(context.shape, dtype=torch.float32)
+            score = likelihood.score(z, self.prior).mul_(grad[:, None])
+            total = torch.mul(z, score).sum(0).add_(grad.sum())
+            grads = self._sides(score.mul_(self._in_sides(log_scale.exp())))
+            sums = products.sums()
+            products.back(grads, context, grad_c, left.kept, sums, wants_x)
+            grad_x = self._joined(grads) if wants_x else None
+            found = Gradients(grad_x, grad_c, products.gathered(sums))
+            return found, self._in_rows(total[None])[0]
+
+    def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
+        """x of rows z (N, D)."""
+        check_log_scale(log_scale)
+        with alone(z.device):
+            return self.couple(torch.mul(z, log_scale.neg().exp_()), context, inverse=True)
+
+    def sample(
+        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
+    ) -> Tensor:
+        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
+        draw = torch.ops.nicefast.sample_prior
+        h = draw(log_scale.detach(), n, row_offset, seed, self.prior, torch.float32)
+        return self.couple(h, context, inverse=True)
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        """Through the couplings alone."""
+        with alone(x.device):
+            pair = take_apart(x, self.chain.sides)
+            Products(self.chain, x.device, inverse).run(pair, context, None)
+            return self._joined(pair)
+
+    def _latent(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        products: Products,
+        kept: list[Kept] | None,
+    ) -> Tensor:
+        """z, one side after the other."""
+        check_log_scale(log_scale)
+        pair = take_apart(x, self.chain.sides)
+        products.run(pair, context, kept)
+        return torch.cat(pair, 1).mul_(self._in_sides(log_scale.exp()))
+
+    def _density(self, z: Tensor, log_scale: Tensor) -> Tensor:
+        out, buffers = z.new_empty(len(z)), z.new_empty(3, *z.shape)
+        likelihood.sum_log_prior(z, self.prior, 1, out, *buffers.unbind())
+        return out.add_(likelihood.constant(log_scale, self.prior))
+
+    @property
+    def _side_by_side(self) -> bool:
+        """Whether the features of one side come after all those of the other."""
+        first, second = self.chain.sides
+        return first.step == second.step == 1 and first.start == 0
+
+    def _in_sides(self, features: Tensor) -> Tensor:
+        """A value for each feature (D,), one side after the other."""
+        if self._side_by_side:
+            return features
+        return torch.cat(take_apart(features[None], self.chain.sides), 1)
+
+    def _sides(self, rows: Tensor) -> list[Tensor]:
+        return list(rows.split([f.size for f in self.chain.sides], 1))
+
+    def _in_rows(self, rows: Tensor) -> Tensor:
+        """Rows whose sides come one after the other, in the order of features."""
+        return rows if self._side_by_side else self._joined(self._sides(rows))
+
+    def _joined(self, pair: list[Tensor]) -> Tensor:
+        if self._side_by_side:
+            return torch.cat(pair, 1)
+        out = torch.empty(len(pair[0]), sum(f.size for f in self.chain.sides))
+        put_together(out, pair, self.chain.sides)
+        return out
