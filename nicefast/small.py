@@ -2,7 +2,7 @@
 
 So few rows cost less than the calls that compute them: every operation takes all rows at once, with
 all threads, and there are as few of them as can be. The gradient keeps the activations, which take
-32 MiB at most, however many couplings there are; only where the conditioners are wide, as many
+64 MiB at most, however many couplings there are; only where the conditioners are wide, as many
 as such a flow keeps anyway.
 """
 
@@ -20,7 +20,7 @@ from .ops import check_log_scale
 from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
 
 WIDE = 1 << 8  # hidden units
-KEPT_ELEMENTS = 1 << 23  # of all activations of a batch
+KEPT_ELEMENTS = 1 << 24  # of all activations of a batch
 
 
 @dataclass

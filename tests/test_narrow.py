@@ -10,6 +10,12 @@ from helpers import assert_three_way, make, strided
 from nicefast import narrow, small
 from nicefast.blocks import Blocks
 
+
+@pytest.fixture(autouse=True)
+def batches_of_tests_are_large(monkeypatch):
+    monkeypatch.setattr(small, "KEPT_ELEMENTS", 1 << 21)
+
+
 OPTIONS = [{}, {"context": 3}, {"activation": "gelu", "prior": "normal"}, {"partition": "random"}]
 
 
