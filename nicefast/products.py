@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks
-from .chain import ACTIVATIONS, Chain, linear_pointwise
+from .chain import ACTIVATIONS, Chain, Layers, linear_pointwise
 from .ops import Features, columns_of
 
 BLOCK_ELEMENTS = 1 << 19  # of one activation: few enough for the cache, and threads seldom meet
@@ -176,17 +176,21 @@ class Products:
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
-        if not (chain.bfloat16 or chain.context):
-            return
         with torch.no_grad():
-            for i, own in enumerate(self.layers):
-                layers = [(self._operand(w), self._operand(b)) for w, b in own]
-                if chain.context:
-                    weight, bias = layers[0]
-                    x, c = weight.split((weight.shape[1] - chain.context, chain.context), 1)
-                    layers[0] = x.contiguous(), bias
-                    self.context_weights.append(c.contiguous())
-                self.layers = (*self.layers[:i], tuple(layers), *self.layers[i + 1 :])
+            if chain.bfloat16:
+                self.layers = tuple(
+                    tuple((self._operand(w), self._operand(b)) for w, b in layers)
+                    for layers in self.layers
+                )
+            if chain.context:
+                self.layers = tuple(self._apart(*layers) for layers in self.layers)
+
+    def _apart(self, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> Layers:
+        """The layers without the first one's weights for context, which are put aside."""
+        (weight, bias), context = first, self.chain.context
+        x, c = weight.split((weight.shape[1] - context, context), 1)
+        self.context_weights.append(c.contiguous())
+        return (x.contiguous(), bias), *others
 
     def _operand(self, x: Tensor) -> Tensor:
         return x if x.dtype == self.dtype else x.to(self.dtype)
@@ -365,7 +369,7 @@ class Products:
                     found += [torch.zeros_like(weight), torch.zeros_like(bias)]
                     continue
                 grad, grad_bias = total
-                if k == 0 and (of_context := own[-1].total()) and self.chain.context:
+                if k == 0 and self.chain.context and (of_context := own[-1].total()):
                     grad = torch.cat((grad, of_context[0]), 1)
                 found += [grad, grad_bias]
         return found
