@@ -236,7 +236,7 @@ class Couple(Function):
         *parameters: Tensor,
     ) -> Tensor:
         activations = None
-        if flow is not None and chain.rebuild:
+        if flow is not None and chain.rebuild:  # one that keeps nothing
             y = flow.couple(x, context, inverse)
         else:
             if not chain.rebuild:  # cut once: both passes have to see the same blocks

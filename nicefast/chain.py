@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .ops import Features
 
+NARROW = 128  # hidden units, at most
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
 
 
@@ -104,6 +105,11 @@ class Chain:
     def hidden(self) -> int:
         """Units of the widest hidden layer."""
         return max(b.shape[0] for layers in self.couplings for _, b in layers[:-1])
+
+    @property
+    def narrow(self) -> bool:
+        """Whether other operations take a good part of the time that products do."""
+        return self.hidden <= NARROW
 
     @cached_property
     def width(self) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
-from .chain import Chain, Layers
+from .chain import NARROW, Chain, Layers
 from .layers import MLP, PLAIN, AdditiveCoupling, Scaling, is_watched, plain_layers
 from .narrow import NarrowFlow
 from .products import cut
@@ -29,7 +29,7 @@ from .roofline import DEVICES, ceilings, layers_work
 from .small import SmallBatch
 from .whole import WholeFlow
 
-REBUILD_WIDTH = 128  # up to this hidden width the backward pass rebuilds activations
+REBUILD_WIDTH = NARROW  # up to this hidden width the backward pass rebuilds activations
 SERVED = ("cpu", "cuda")
 LAYERS = "layer by layer"
 EXACT = "exact"

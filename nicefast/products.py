@@ -28,9 +28,9 @@ from .ops import Features, columns_of
 BLOCK_ELEMENTS = 1 << 19  # of one activation: few enough for the cache, and threads seldom meet
 LEAST_FLOPS = 1 << 30  # below this, a batch is not worth the hand-over to threads
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
-ONEDNN_ROWS = 1 << 12  # and with fewer rows, so does arranging the weights,
-ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this,
-ONEDNN_WEIGHTS = 1 << 16  # and always with fewer of them than these;
+ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
+ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this;
+ONEDNN_ROWS_OF_NARROW = 1 << 12  # of narrow flows always;
 ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept: epilogues are of less use
 ROWS_PER_WIDTH = 16
 TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
@@ -169,7 +169,7 @@ class Products:
         self, chain: Chain, device: torch.device, inverse: bool, training: bool = False
     ) -> None:
         self.chain, self.inverse, self.training = chain, inverse, training
-        self.steps = chain.steps(inverse)
+        self.steps, self.narrow = chain.steps(inverse), chain.narrow
         self.activation = ACTIVATIONS[chain.activation]
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
         self.onednn = device.type == "cpu" and linear_pointwise is not None
@@ -251,16 +251,14 @@ class Products:
 
     def _fuses(self, weight: Tensor, h: Tensor) -> bool:
         """Whether oneDNN takes this product, with what follows it."""
-        rows, size = h.shape[0], weight.numel()  # len of a tensor is slow
+        rows = h.shape[0]  # len of a tensor is slow
         if self.training:
             least = ONEDNN_FLOPS_OF_TRAINING
-        elif rows >= ONEDNN_ROWS:
-            least = ONEDNN_FLOPS
-        elif size >= ONEDNN_WEIGHTS:
-            least = ONEDNN_FLOPS_OF_FEW
-        else:
+        elif self.narrow and rows < ONEDNN_ROWS_OF_NARROW:
             return False
-        return self.onednn and 2 * size * rows >= least
+        else:
+            least = ONEDNN_FLOPS if rows >= ONEDNN_ROWS else ONEDNN_FLOPS_OF_FEW
+        return self.onednn and 2 * weight.numel() * rows >= least
 
     def _fuses_back(self, weight: Tensor, d: Tensor) -> bool:
         """Whether oneDNN takes the product that leads back through a layer."""
@@ -356,8 +354,8 @@ class Products:
 
     def sums(self) -> list[list[Sum]]:
         """For the gradients of each coupling's layers; then its first one's weights for context."""
-        more = 1 if self.chain.context else 0
-        return [[Sum() for _ in range(len(own) + more)] for own in self.layers]
+        more = [False] if self.chain.context else []
+        return [[Sum(biased) for biased in [True] * len(own) + more] for own in self.layers]
 
     def gathered(self, sums: list[list[Sum]]) -> list[Tensor]:
         """The gradients of the parameters, in their order."""
@@ -381,15 +379,17 @@ class Sum:
     A bias's in float64: a sum of sums over blocks next to a plain step's pairwise one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, biased: bool = True) -> None:
         self._total: tuple[Tensor, Tensor] | None = None
         self._flipped = False  # the weight's, as in x out
+        self._biased = biased  # otherwise the bias is summed elsewhere
 
     def add_product(self, d: Tensor, inputs: Tensor) -> None:
         """The share of ``d`` (N, out), the gradient of ``inputs W^T + b``."""
         flipped = inputs.shape[1] < min(d.shape[1], FEW_INPUTS)
         a, b = (inputs.t(), d) if flipped else (d.t(), inputs)
-        bias = d.sum(0)  # in float32 inside: another dtype here would copy d first
+        # in float32 inside: another dtype here would copy d first
+        bias = d.sum(0) if self._biased else d.new_zeros(())
         if self._total is None or d.dtype != torch.float32:
             self.add(torch.mm(a, b), bias, flipped)
         else:

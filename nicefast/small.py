@@ -19,7 +19,6 @@ from .chain import Chain
 from .ops import check_log_scale
 from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
 
-WIDE = 1 << 8  # hidden units
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch
 
 
@@ -46,11 +45,6 @@ class SmallBatch:
         """Whether so many rows are few."""
         return rows * chain.kept <= KEPT_ELEMENTS or (not chain.rebuild and go_alone(chain, rows))
 
-    @property
-    def wide(self) -> bool:
-        """Whether products are all that counts in the time taken."""
-        return self.chain.hidden > WIDE
-
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""
         return f"{rows} rows in one piece"
@@ -66,9 +60,9 @@ class SmallBatch:
         """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
         with alone(x.device):
             none = torch.empty(0)
-            if self.wide and not want_z:  # all else is next to nothing: one operation for it
-                h, score = self.couple(x, context, inverse=False), torch.ops.nicefast.scale_log_prob
-                return score(h, log_scale, self.prior, False)
+            if not (self.chain.narrow or want_z):  # all but products in as few operations as can be
+                h = self.couple(x, context, inverse=False)
+                return torch.ops.nicefast.scale_log_prob(h, log_scale, self.prior, False)
             z = self._latent(x, context, log_scale, Products(self.chain, x.device, False), None)
             log_prob = self._density(z, log_scale) if want_log_prob else none
             return self._in_rows(z) if want_z else none, log_prob

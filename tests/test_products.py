@@ -117,8 +117,9 @@ def test_trained_weights(blocks, activations, device):
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_products_by_onednn(monkeypatch, activations, activation, context):
-    for least in ("ONEDNN_FLOPS", "ONEDNN_ROWS", "ONEDNN_FLOPS_OF_TRAINING"):
-        monkeypatch.setattr(products, least, 0)
+    least = ("FLOPS", "ROWS", "ROWS_OF_NARROW", "FLOPS_OF_TRAINING")
+    for name in least:
+        monkeypatch.setattr(products, f"ONEDNN_{name}", 0)
     monkeypatch.setattr(products, "TURNED_ROWS_PER_WIDTH", 0)
     model = make(40, hidden=(150, 100), activation=activation, context=context, partition="half")
     for call in CALLS:
@@ -132,6 +133,7 @@ def test_nan_and_infinity_are_never_lost(monkeypatch, activation, hidden, least)
     """A NaN in a conditioning feature reaches every shifted one, through every activation."""
     monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
     monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    monkeypatch.setattr(products, "ONEDNN_ROWS_OF_NARROW", 0)
     monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", least)
     model = make(6, hidden=hidden, activation=activation, partition="half", couplings=1)
     x = torch.randn(20, 6)
@@ -150,6 +152,7 @@ def test_the_gradient_is_made_of_relu_s_own_zeros(monkeypatch, least):
     """What stands for them elsewhere would make denormal numbers of an optimizer's squares."""
     monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
     monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    monkeypatch.setattr(products, "ONEDNN_ROWS_OF_NARROW", 0)
     monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", least)
     model = make(40, hidden=(150, 150), couplings=2)
     x = torch.randn(300, 40)
@@ -252,9 +255,10 @@ def test_a_small_batch_keeps_no_more_than_it_may(activation):
 
 
 @pytest.mark.parametrize("partition", ["half", "alternating"])
-def test_a_wide_log_prob_is_products_and_three_kernels(partition):
-    model = nf.NICE(784, hidden=(1000,) * 5, couplings=4, partition=partition)
-    x = torch.randn(64, 784)
+@pytest.mark.parametrize(("rows", "features", "width"), [(64, 784, 1000), (1024, 64, 256)])
+def test_a_wide_log_prob_is_products_and_three_kernels(partition, rows, features, width):
+    model = nf.NICE(features, hidden=(width,) * 5, couplings=4, partition=partition)
+    x = torch.randn(rows, features)
     with torch.no_grad(), Operators() as operators:
         model.log_prob(x)
     counted = operators.computing()
