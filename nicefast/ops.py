@@ -9,15 +9,13 @@ Gradients live one floor up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend, likelihood, reference
-from .blocks import Blocks
-from .reference import NOISE_ELEMENTS
 
 
 class Features(NamedTuple):
@@ -282,33 +280,7 @@ _define(
 def _sample_prior(
     log_scale: Tensor, n: int, row_offset: int, seed: int, prior: str, dtype: torch.dtype
 ) -> Tensor:
-    if log_scale.device.type != "cpu" or backend.get_backend() == "reference":
-        return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
-    out = log_scale.new_empty((n, log_scale.shape[0]), dtype=dtype)
-
-    def fill(rows: slice) -> None:
-        offset = row_offset + rows.start
-        out[rows] = reference.sample_prior(
-            log_scale, rows.stop - rows.start, seed, prior, offset, dtype
-        )
-
-    _in_blocks_of_rows(out, fill)
-    return out
-
-
-def _in_blocks_of_rows(out: Tensor, fill: Callable[[slice], None]) -> None:
-    """``fill`` every block of rows of ``out``, several in flight.
-
-    An entry of noise depends on its row alone, so that the bits are the same.
-    """
-    most = max(1, NOISE_ELEMENTS // out.shape[1])
-    cut = Blocks(len(out), most, most, out.device)
-
-    def work(share: Iterable[int]) -> None:
-        for i in share:
-            fill(cut[i])
-
-    cut.hand_out(work)
+    return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
 
 
 _define(
@@ -335,15 +307,7 @@ _define(
 def _dequantise(
     levels: Tensor, k: int | None, row_offset: int, seed: int, low: float, high: float
 ) -> Tensor:
-    if levels.device.type != "cpu" or backend.get_backend() == "reference":
-        return reference.dequantise(levels, k, seed, row_offset, low, high)
-    out = levels.new_empty(levels.shape, dtype=torch.float32)
-
-    def fill(rows: slice) -> None:
-        out[rows] = reference.dequantise(levels[rows], k, seed, row_offset + rows.start, low, high)
-
-    _in_blocks_of_rows(out, fill)
-    return out
+    return reference.dequantise(levels, k, seed, row_offset, low, high)
 
 
 _define(

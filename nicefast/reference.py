@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 PRIORS = ("logistic", "normal")
-NOISE_ELEMENTS = 1 << 16  # of a block of noise: its integers stay in the cache
+NOISE_ELEMENTS = 1 << 18  # of a block of noise, for each thread: its integers stay in the caches
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "leaky_relu": torch.nn.functional.leaky_relu,
@@ -216,7 +216,7 @@ def sample_prior(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.exp(-log_scale.to(work))
     out = torch.empty((n, d), dtype=dtype, device=log_scale.device)
-    step = max(1, NOISE_ELEMENTS // d)  # rows at a time
+    step = _rows_of_noise(d)
     for i in range(0, n, step):
         rows = torch.arange(i, min(i + step, n), device=log_scale.device) + row_offset
         out[i : i + step] = (prior_noise(rows, d, seed, prior, work) * scale).to(dtype)
@@ -241,20 +241,20 @@ def prior_noise(rows: Tensor, features: int, seed: int, prior: str, dtype: torch
     high = _philox(rows, quads, 0, seed)
     low = _philox(rows, quads, 1, seed) if dtype == torch.float64 else None
 
-    def unit(words: Tensor, scale: float) -> Tensor:
-        fraction = 0.5 if low is None else (low.to(dtype) + 0.5) * 2.0**-32
-        return (words.to(dtype) + fraction) * scale
+    def unit(bits: Tensor, scale: float) -> Tensor:
+        fraction = 0.5 if low is None else (_unsigned(low, dtype) + 0.5) * 2.0**-32
+        return _unsigned(bits, dtype).add_(fraction).mul_(scale)
 
     if prior == "logistic":
         w = unit(high & 0x7FFFFFFF, 2.0**-31)
-        t = torch.log((2.0 - w) / w)
-        z = torch.where(high >= 1 << 31, -t, t)
+        t = torch.log((2.0 - w).div_(w))
+        z = torch.where(high < 0, -t, t)
     else:
         u = unit(high, 2.0**-32)
-        radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
-        angle = 2 * math.pi * u[..., 1::2]
+        radius = torch.log(u[:, 0::2]).mul_(-2.0).sqrt_()
+        angle = 2 * math.pi * u[:, 1::2]
         z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
-    return z.reshape(len(rows), -1)[:, :features]
+    return z.view(high.shape)[:, :features]
 
 
 def dequantise(
@@ -284,10 +284,10 @@ def dequantise(
     out = torch.empty((n, d), dtype=torch.float32, device=levels.device)
     quads = torch.arange(-(-d // 4), device=levels.device)
     bits, low, scale, top = _grid(k, low, high)
-    step = max(1, NOISE_ELEMENTS // d)
+    step = _rows_of_noise(d)
     for i in range(0, n, step):
         rows = torch.arange(i, min(i + step, n), device=levels.device) + row_offset
-        words = _philox_bits(rows, quads, seed)[:, :d]
+        words = _philox(rows, quads, 0, seed)[:, :d]
         fraction = words.bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
         level, x = flat[i : i + step], out[i : i + step]
         if k is None:
@@ -313,19 +313,27 @@ def _grid(k: int | None, low: float, high: float) -> tuple[int, float, float, fl
     return bits, low, (high - low) / (k << bits), torch.nextafter(ends[1], ends[0]).item()
 
 
+def _rows_of_noise(features: int) -> int:
+    """How many rows of noise are made at a time."""
+    return max(1, NOISE_ELEMENTS * torch.get_num_threads() // features)
+
+
 def _philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
-    """Philox4x32-10 as unsigned 32-bit values in int64: (len(rows), len(quads), 4)."""
+    """Philox4x32-10, every word a signed number of 32 bits: (len(rows), 4 * len(quads)), int32."""
     c0, c1, c2, c3 = _philox_words(rows, quads, word, seed)
-    mask = 0xFFFFFFFF
-    return torch.stack((c0, c1.bitwise_and_(mask), c2, c3.bitwise_and_(mask)), -1)
-
-
-def _philox_bits(rows: Tensor, quads: Tensor, seed: int) -> Tensor:
-    """The same for counter (row, quad, 0), as the bits of int32: (len(rows), 4 * len(quads))."""
-    c0, c1, c2, c3 = _philox_words(rows, quads, 0, seed)
+    if torch.compiler.is_exporting():  # elsewhere, nothing may be seen as another dtype: int64
+        signed = [((c & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for c in (c0, c1, c2, c3)]
+        return torch.stack(signed, -1).view(len(rows), 4 * len(quads))
     c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
     c3.bitwise_left_shift_(32).bitwise_or_(c2)
     return torch.stack((c1, c3), -1).view(torch.int32).view(len(rows), 4 * len(quads))
+
+
+def _unsigned(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of signed words as numbers from 0 to 2^32 - 1, rounded to ``dtype``."""
+    if words.dtype == torch.int32:
+        return words.view(torch.uint32).to(dtype)
+    return (words & 0xFFFFFFFF).to(dtype)
 
 
 def _philox_words(
