@@ -15,12 +15,15 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 PRIORS = ("logistic", "normal")
 NOISE_ELEMENTS = 1 << 18  # of a block of noise, for each thread: its integers stay in the caches
+FEW_QUADS = 1 << 15  # of features: with fewer, PyTorch has one thread, and calls NumPy's cost less
+Integers = Any  # a Tensor, or an array of NumPy
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "leaky_relu": torch.nn.functional.leaky_relu,
@@ -248,7 +251,7 @@ def prior_noise(rows: Tensor, features: int, seed: int, prior: str, dtype: torch
     if prior == "logistic":
         w = unit(high & 0x7FFFFFFF, 2.0**-31)
         t = torch.log((2.0 - w).div_(w))
-        z = torch.where(high < 0, -t, t)
+        z = t.mul_(high.to(dtype).add_(0.5).sign_())
     else:
         u = unit(high, 2.0**-32)
         radius = torch.log(u[:, 0::2]).mul_(-2.0).sqrt_()
@@ -320,10 +323,15 @@ def _rows_of_noise(features: int) -> int:
 
 def _philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
     """Philox4x32-10, every word a signed number of 32 bits: (len(rows), 4 * len(quads)), int32."""
-    c0, c1, c2, c3 = _philox_words(rows, quads, word, seed)
     if torch.compiler.is_exporting():  # elsewhere, nothing may be seen as another dtype: int64
-        signed = [((c & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for c in (c0, c1, c2, c3)]
+        c = _philox_words(rows, quads, word, seed)
+        signed = [((own & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for own in c]
         return torch.stack(signed, -1).view(len(rows), 4 * len(quads))
+    if rows.device.type == "cpu" and len(rows) * len(quads) < FEW_QUADS:
+        few = _philox_words(rows.numpy(), quads.numpy(), word, seed)
+        c0, c1, c2, c3 = (torch.from_numpy(own) for own in few)
+    else:
+        c0, c1, c2, c3 = _philox_words(rows, quads, word, seed)
     c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
     c3.bitwise_left_shift_(32).bitwise_or_(c2)
     return torch.stack((c1, c3), -1).view(torch.int32).view(len(rows), 4 * len(quads))
@@ -336,33 +344,37 @@ def _unsigned(words: Tensor, dtype: torch.dtype) -> Tensor:
     return (words & 0xFFFFFFFF).to(dtype)
 
 
-def _philox_words(
-    rows: Tensor, quads: Tensor, word: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _philox_words(rows: Integers, quads: Integers, word: int, seed: int) -> list[Integers]:
     """Philox's four words in int64, (len(rows), len(quads)) each, all in memory of their own.
 
     Only the 1st and 3rd are multiplied, and cut to 32 bits for that: the upper halves of the 2nd
     and 4th hold what is left of a product.
     """
+    library: Any = torch if isinstance(rows, Tensor) else np
+    shift: Any = torch.bitwise_right_shift if library is torch else np.right_shift
     mask = 0xFFFFFFFF
     weyl = ((seed + i * 0x9E3779B9, (seed >> 32) + i * 0xBB67AE85) for i in range(10))
     keys = [(k0 & mask, k1 & mask) for k0, k1 in weyl]
     c0, c1 = (rows & mask)[:, None], (rows >> 32)[:, None]
-    c2, c3 = quads[None, :], quads.new_full((1, 1), word)
+    c2, c3 = quads[None, :], quads[None, :1] * 0 + word
     for k0, k1 in keys[:3]:  # some words still depend on the row or the quad alone
-        p0, p2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps at 64 bits, as it should
+        p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps at 64 bits, as it should
         c0, c2 = ((p2 >> 32) ^ c1 ^ k0) & mask, ((p0 >> 32) ^ c3 ^ k1) & mask
         c1, c3 = p2, p0
-    t0, t2 = torch.empty_like(c0), torch.empty_like(c2)
+    t0, t2 = library.empty_like(c0), library.empty_like(c2)
     for k0, k1 in keys[3:]:  # over and over the same six buffers, which stay in the cache
-        c0.mul_(0xD2511F53)
-        c2.mul_(0xCD9E8D57)
-        torch.bitwise_right_shift(c2, 32, out=t0).bitwise_xor_(c1).bitwise_xor_(k0)
-        torch.bitwise_right_shift(c0, 32, out=t2).bitwise_xor_(c3).bitwise_xor_(k1)
-        c0, c1, c2, c3, t0, t2 = (
-            t0.bitwise_and_(mask), c2, t2.bitwise_and_(mask), c0, c1, c3,
-        )  # fmt: skip
-    return c0, c1, c2, c3
+        c0 *= 0xD2511F53
+        c2 *= 0xCD9E8D57
+        shift(c2, 32, out=t0)
+        t0 ^= c1
+        t0 ^= k0
+        t0 &= mask
+        shift(c0, 32, out=t2)
+        t2 ^= c3
+        t2 ^= k1
+        t2 &= mask
+        c0, c1, c2, c3, t0, t2 = t0, c2, t2, c0, c1, c3
+    return [c0, c1, c2, c3]
 
 
 def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
