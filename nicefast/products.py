@@ -31,7 +31,8 @@ ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its produc
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
 ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this;
 ONEDNN_ROWS_OF_NARROW = 1 << 12  # of narrow flows always;
-ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept: epilogues are of less use
+ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so in float32 where activations are kept, and back
+LARGE = 2.0**50  # sums of products of smaller numbers are finite
 ROWS_PER_WIDTH = 16
 TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
 FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
@@ -176,6 +177,7 @@ class Products:
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
+        self._small: dict[int, bool] = {}  # by weight
         with torch.no_grad():
             if chain.bfloat16:
                 self.layers = tuple(
@@ -238,12 +240,7 @@ class Products:
             if kept is None:
                 h = self._activated(weight, bias, h, plus)
             else:
-                kept.operands.append(h)
-                if self.activation.from_input:
-                    kept.inputs.append(self._linear(weight, bias, h, plus))
-                    h = self.activation.apply_(kept.inputs[-1].clone())
-                else:
-                    h = self._activated(weight, bias, h, plus, for_gradient=True)
+                h = self._kept(weight, bias, h, plus, kept)
             plus = None
         if kept is not None:
             kept.operands.append(h)
@@ -253,7 +250,8 @@ class Products:
         """Whether oneDNN takes this product, with what follows it."""
         rows = h.shape[0]  # len of a tensor is slow
         if self.training:
-            least = ONEDNN_FLOPS_OF_TRAINING
+            few = rows < ONEDNN_ROWS or self.dtype == torch.float32
+            least = ONEDNN_FLOPS_OF_TRAINING if few else ONEDNN_FLOPS
         elif self.narrow and rows < ONEDNN_ROWS_OF_NARROW:
             return False
         else:
@@ -264,7 +262,7 @@ class Products:
         """Whether oneDNN takes the product that leads back through a layer."""
         if self.dtype != torch.float32 or len(d) < TURNED_ROWS_PER_WIDTH * max(weight.shape):
             return False
-        return self._fuses(weight, d)
+        return self.onednn and 2 * weight.numel() * len(d) >= ONEDNN_FLOPS_OF_TRAINING
 
     def _linear(
         self, weight: Tensor, bias: Tensor, h: Tensor, plus: Tensor | None = None
@@ -277,24 +275,44 @@ class Products:
         return torch.addmm(bias if plus is None else plus, h, weight.t())
 
     def _activated(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        h: Tensor,
-        plus: Tensor | None,
-        for_gradient: bool = False,
+        self, weight: Tensor, bias: Tensor, h: Tensor, plus: Tensor | None = None
     ) -> Tensor:
         if plus is None:
             fuses = self._fuses(weight, h)
-            # a gradient through almost nothing is almost nothing, its square in an optimizer a
-            # denormal number, and arithmetic with such takes several times as long: there, relu's
-            # zero is zero
-            epilogue = None if self.relu and for_gradient else self.activation.fused
-            if fuses and epilogue is not None:
-                return linear_pointwise(h, weight, bias, *epilogue)
+            if fuses and self.activation.fused is not None:
+                return linear_pointwise(h, weight, bias, *self.activation.fused)
             if self.relu and not fuses:  # one call, and cuBLAS's epilogue
                 return torch._addmm_activation(bias, h, weight.t())
         return self.activation.apply_(self._linear(weight, bias, h, plus))
+
+    def _kept(
+        self, weight: Tensor, bias: Tensor, h: Tensor, plus: Tensor | None, own: Kept
+    ) -> Tensor:
+        """As :meth:`_activated`, with what the gradient needs."""
+        first = not own.operands
+        own.operands.append(h)
+        if self.activation.from_input:
+            own.inputs.append(self._linear(weight, bias, h, plus))
+            return self.activation.apply_(own.inputs[-1].clone())
+        if not self.relu:
+            return self._activated(weight, bias, h, plus)
+        if plus is None and self._fuses(weight, h) and self._stays_finite(weight, bias, h, first):
+            return linear_pointwise(h, weight, bias, "relu", [], "")
+        # a gradient through almost nothing is almost nothing, its square in an optimizer a denormal
+        # number, and arithmetic with such takes several times as long: here, relu's zero is zero
+        if plus is None and not self._fuses(weight, h):
+            out = torch._addmm_activation(bias, h, weight.t())
+        else:
+            out = torch.relu_(self._linear(weight, bias, h, plus))
+        if out.is_cpu and out.dtype == torch.bfloat16:
+            out.view(torch.int16).bitwise_and_(0x7FFF)  # NaN without a sign, see relu's gradient
+        return out
+
+    def _stays_finite(self, weight: Tensor, bias: Tensor, h: Tensor, signed: bool) -> bool:
+        """Whether ``h W^T + b`` can't be NaN, of which oneDNN's relu makes 0."""
+        if id(weight) not in self._small:
+            self._small[id(weight)] = _is_small(weight) and _is_small(bias)
+        return self._small[id(weight)] and _is_small(h, signed)
 
     def back(
         self,
@@ -421,6 +439,15 @@ def merge(sums: list[list[Sum]], others: list[list[Sum]]) -> None:
     for own, theirs in zip(sums, others, strict=True):
         for mine, yours in zip(own, theirs, strict=True):
             mine.merge(yours)
+
+
+def _is_small(x: Tensor, signed: bool = True) -> bool:
+    """Whether every number is below LARGE in size, and none of them NaN."""
+    if x.dtype != torch.bfloat16:
+        return bool((x.abs() if signed else x).amax() < LARGE)
+    # bfloat16 without signs has the order of its bits, whose largest is found ten times as fast
+    bits, large = x.view(torch.int16), torch.tensor(LARGE, dtype=x.dtype).view(torch.int16)
+    return bool((bits & 0x7FFF if signed else bits).amax() < large)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -148,6 +148,59 @@ def test_nan_and_infinity_are_never_lost(monkeypatch, activation, hidden, least)
 
 
 @pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("poison", ["x", "infinite x", "weight", "bias", "overflow"])
+def test_nan_is_never_lost_on_the_way_to_a_gradient(monkeypatch, activations, least, dtype, poison):
+    """NaN of log_prob and of every gradient are where PyTorch alone has them."""
+    if poison == "overflow" and dtype == torch.bfloat16:
+        pytest.skip("instructions for bfloat16 may make -inf of inf - inf")
+    for name in ("FLOPS", "FLOPS_OF_TRAINING"):
+        monkeypatch.setattr(products, f"ONEDNN_{name}", least)
+    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    model = make(6, hidden=(32, 40), partition="half", couplings=2)
+    x = torch.randn(20, 6)
+    first = model.couplings[0].conditioner.linears[0]
+    with torch.no_grad():
+        if poison == "x":
+            x[3, 1] = torch.nan
+        elif poison == "infinite x":
+            x[3, 1] = torch.inf
+        elif poison == "overflow":  # infinity less infinity
+            x[3, :2] = torch.tensor([3e38, -3e38])
+            first.weight[:, :2] = 100.0
+        else:
+            getattr(first, poison)[5] = torch.nan
+    found = []
+    for backend in ("auto", "reference"):
+        inputs = [x.clone().requires_grad_(), *model.parameters()]
+        with nf.set_backend(backend), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
+            log_prob = model.log_prob(inputs[0])
+        assert log_prob.isnan().any()
+        grads = torch.autograd.grad(log_prob[log_prob.isnan()].sum(), inputs)
+        found.append([t.isnan() for t in (log_prob, *grads)])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_too_large_for_relu_in_the_product(monkeypatch, dtype):
+    """Then its zeros are PyTorch's, and so is the rest."""
+    monkeypatch.setattr(products, "ONEDNN_FLOPS", 0)
+    monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", 0)
+    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    model = make(6, hidden=(160, 150), partition="half", couplings=2)
+    x = torch.randn(20, 6)
+    x[7, 2] = 2 * products.LARGE
+    grads = []
+    for backend in ("auto", "reference"):
+        with nf.set_backend(backend), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
+            log_prob = model.log_prob(x)
+        grads.append(torch.autograd.grad(log_prob[:7].sum(), list(model.parameters())))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.1, atol=0.02 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
 def test_the_gradient_is_made_of_relu_s_own_zeros(monkeypatch, least):
     """What stands for them elsewhere would make denormal numbers of an optimizer's squares."""
     monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
