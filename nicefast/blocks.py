@@ -151,6 +151,7 @@ def _pool(process: int, count: int) -> ThreadPoolExecutor:
 
     def start() -> None:
         _here.is_worker = True
+        torch.get_num_threads()  # a thread's first question sets its number to everybody's
         torch.set_num_threads(max(1, count // workers))  # this thread's own, with OpenMP
         ready.wait()
 

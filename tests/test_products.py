@@ -5,6 +5,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 import nicefast as nf
 from helpers import Operators, assert_three_way
 from nicefast import narrow, products, small
-from nicefast.blocks import Blocks
+from nicefast.blocks import Blocks, _openmp
 from nicefast.reference import ACTIVATIONS
 
 
@@ -471,6 +472,27 @@ def test_an_error_in_a_block_is_the_caller_s():
 
     with pytest.raises(ArithmeticError, match="block 0"):
         cut.deal(work)
+
+
+@pytest.mark.skipif(not _openmp(), reason="only OpenMP's threads have numbers of their own")
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_threads_share_the_cores_out(threads):
+    """A thread that had more than its share would keep another from computing."""
+
+    def own(share):
+        torch.randn(300, 300) @ torch.randn(300, 300)  # what a thread asks for by itself
+        return torch.get_num_threads(), *re.findall(
+            r"(?:omp|mkl)_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info()
+        )
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        cut = Blocks(100, 10, 0, torch.device("cpu"))
+        assert set(itertools.chain(*cut.deal(own))) == {1, "1"}
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_threads_keep_their_number():
