@@ -17,10 +17,10 @@ from torch.autograd import Function
 from . import reference
 from .chain import Chain
 from .narrow import NarrowFlow
+from .onepiece import OnePiece
 from .ops import columns_of
 from .products import Activations, couple, couple_backward, cut
 from .reference import at_least_float32
-from .small import SmallBatch
 from .whole import WholeFlow
 
 
@@ -185,7 +185,7 @@ class FlowLogProb(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        flow: NarrowFlow | SmallBatch,
+        flow: NarrowFlow | OnePiece,
         x: Tensor,
         context: Tensor | None,
         log_scale: Tensor,
@@ -229,7 +229,7 @@ class Couple(Function):
     def forward(
         ctx: Any,
         chain: Chain,
-        flow: WholeFlow | NarrowFlow | SmallBatch | None,
+        flow: WholeFlow | NarrowFlow | OnePiece | None,
         inverse: bool,
         x: Tensor,
         context: Tensor | None,

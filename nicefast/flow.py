@@ -359,9 +359,12 @@ class NICE(nn.Module):
         device = log_scale.device
         like = torch.empty(1, self.features, dtype=self.dtype, device=device).expand(rows, -1)
         context = like.new_empty(1, self.context).expand(rows, -1) if self.context else None
-        path = choose_path(self, like, context)
+        with torch.no_grad():
+            path = choose_path(self, like, context)
+        with torch.enable_grad():
+            recorded = choose_path(self, like.requires_grad_(), context)
         elementwise = f"element-wise operations: {backend.describe(device)}"
-        return f"{path.describe(rows, self.features, device)}\n{elementwise}"
+        return f"{path.describe(rows, self.features, device, recorded)}\n{elementwise}"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,9 +15,9 @@ from torch import Tensor
 from . import autograd, products, reference
 from .chain import Chain
 from .narrow import NarrowFlow
+from .onepiece import OnePiece
 from .ops import Features, check_log_scale
 from .reference import check_prior
-from .small import SmallBatch
 from .whole import WholeFlow
 
 LEVELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -355,7 +355,7 @@ def couple(
     x: Tensor,
     context: Tensor | None = None,
     inverse: bool = False,
-    flow: WholeFlow | NarrowFlow | SmallBatch | None = None,
+    flow: WholeFlow | NarrowFlow | OnePiece | None = None,
 ) -> Tensor:
     """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
 
@@ -393,7 +393,7 @@ def couple(
 
 
 def flow_log_prob(
-    flow: NarrowFlow | SmallBatch, x: Tensor, context: Tensor | None, log_scale: Tensor
+    flow: NarrowFlow | OnePiece, x: Tensor, context: Tensor | None, log_scale: Tensor
 ) -> Tensor:
     """log_prob (N,) of rows x (N, D) by a whole flow in one pass, in nats: what ``couple`` and
     :func:`scale_log_prob` say one after the other (Dinh et al. 2014, equation 1).

@@ -3,8 +3,9 @@
     whole flow       one kernel launch from x to log_prob (nicefast.kernels.flow): where kernels
                      run, for narrow MLPs
     products         the couplings as nothing but matrix products (nicefast.products): on the CPU
-                     small batches in one piece (nicefast.small), others in blocks of rows that stay
-                     in the cache, those of narrow flows on their side (nicefast.narrow)
+                     small batches, and those whose activations are kept, in one piece
+                     (nicefast.onepiece), others in blocks of rows that stay in the cache, those of
+                     narrow flows on their side (nicefast.narrow)
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
 
 A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
+from . import functional as F  # noqa: N812
 from .chain import NARROW, Chain, Layers
 from .layers import MLP, PLAIN, AdditiveCoupling, Scaling, is_watched, plain_layers
 from .narrow import NarrowFlow
+from .onepiece import OnePiece
 from .products import cut
 from .roofline import DEVICES, ceilings, layers_work
-from .small import SmallBatch
 from .whole import WholeFlow
 
 REBUILD_WIDTH = NARROW  # up to this hidden width the backward pass rebuilds activations
@@ -43,7 +45,7 @@ class Path(NamedTuple):
     name: str
     reason: str
     chain: Chain | None = None
-    fused: WholeFlow | NarrowFlow | SmallBatch | None = None
+    fused: WholeFlow | NarrowFlow | OnePiece | None = None
 
     @property
     def whole(self) -> WholeFlow | None:
@@ -51,20 +53,24 @@ class Path(NamedTuple):
         return self.fused if isinstance(self.fused, WholeFlow) else None
 
     @property
-    def differentiable(self) -> NarrowFlow | SmallBatch | None:
+    def differentiable(self) -> NarrowFlow | OnePiece | None:
         """What also has the gradient of log_prob."""
         return None if isinstance(self.fused, WholeFlow) else self.fused
 
-    def describe(self, rows: int, features: int, device: torch.device) -> str:
-        """Path, tile or blocks, precision, products, bytes, and the least time for each row."""
+    def pieces(self, rows: int, device: torch.device) -> str:
+        """Tile or blocks, for people."""
+        if self.fused is not None:
+            return self.fused.pieces(rows)
+        assert self.chain is not None
+        return cut(self.chain, rows, device).describe()
+
+    def describe(self, rows: int, features: int, device: torch.device, recorded: Path) -> str:
+        """Path, tile or blocks, precision, products, bytes, and the least time for each row; and
+        the path with gradients."""
         if self.chain is None:
             return f"{self.name}: {self.reason}"
         chain = self.chain
         operands = "bfloat16" if chain.bfloat16 else "float32"
-        if self.fused is not None:
-            pieces = self.fused.pieces(rows)
-        else:
-            pieces = cut(chain, rows, device).describe()
         widths = [(w[0][0].shape[1], *(b.shape[0] for _, b in w)) for w in chain.couplings]
         work = layers_work(rows, features, widths, "log_prob", chain.context)
         precision = torch.get_float32_matmul_precision()
@@ -80,11 +86,11 @@ class Path(NamedTuple):
             f"{name} {published.ceilings(kind).seconds(*work) * 1e3:.3g} ms"
             for name, published in DEVICES.items()
         )
-        gradient = "rebuilds activations" if chain.rebuild else "keeps activations"
+        kept = "keeps" if recorded.chain is not None and not recorded.chain.rebuild else "rebuilds"
         return "\n".join(
             (
                 f"{self.name}: {self.reason}",
-                pieces,
+                self.pieces(rows, device),
                 f"{chain.products} products, {operands} operands, float32 sums and stream, "
                 f"float32 matmul precision '{precision}'",
                 f"log_prob: {work.flops:,} flop of products, {work.bytes:,} bytes (x and "
@@ -92,7 +98,8 @@ class Path(NamedTuple):
                 f"least {measured.seconds(*work) * 1e3:.3g} ms here, by "
                 f"{measured.flops / 1e9:.3g} GFLOP/s and {measured.bytes / 1e9:.3g} GB/s, measured",
                 f"at least, by published rates of {kind} products: {elsewhere}",
-                f"the backward pass {gradient} ({chain.hidden} hidden units at most)",
+                f"with gradients: {recorded.pieces(rows, device)}; the backward pass {kept} "
+                f"activations ({chain.hidden} hidden units at most)",
             )
         )
 
@@ -131,7 +138,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
         return Path(LAYERS, chain)
     reason = "every coupling is an MLP's, on one partition"
     if not backend.uses_kernels(x.device):
-        fused = _on_cpu(chain, flow, x)
+        fused = _on_cpu(chain, flow, x, context)
         return Path("products", reason, chain if fused is None else fused.chain, fused)
     whole = _whole(chain, flow, x)
     if isinstance(whole, WholeFlow):
@@ -169,14 +176,15 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     return WholeFlow(replace(chain, rebuild=True), shape, tile, x.device)
 
 
-def _on_cpu(chain: Chain, flow: Flow, x: Tensor) -> NarrowFlow | SmallBatch | None:
+def _on_cpu(
+    chain: Chain, flow: Flow, x: Tensor, context: Tensor | None
+) -> NarrowFlow | OnePiece | None:
     """The whole flow in one pass, where a CPU is fastest so."""
     if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling) is not None:
         return None
-    if SmallBatch.serves(chain, x.shape[0]):
-        return SmallBatch(
-            replace(chain, rebuild=False) if chain.rebuild else chain, flow.prior_name
-        )
+    recorded = F.records(x, context, flow.scaling.log_scale, *chain.parameters)
+    if OnePiece.serves(chain, x.shape[0], recorded):
+        return OnePiece(replace(chain, rebuild=False) if chain.rebuild else chain, flow.prior_name)
     if chain.bfloat16 or not chain.rebuild:
         return None
     return NarrowFlow(chain, flow.prior_name)

@@ -25,7 +25,7 @@ from .blocks import Blocks
 from .chain import ACTIVATIONS, Chain, Layers, linear_pointwise
 from .ops import Features, columns_of
 
-BLOCK_ELEMENTS = 1 << 19  # of one activation: few enough for the cache, and threads seldom meet
+BLOCK_BYTES = 1 << 21  # of one activation: few enough for the cache, and threads seldom meet
 LEAST_FLOPS = 1 << 30  # below this, a batch is not worth the hand-over to threads
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
@@ -49,8 +49,11 @@ def go_alone(chain: Chain, rows: int) -> bool:
 def cut(chain: Chain, rows: int, device: torch.device, training: bool = False) -> Blocks:
     """The blocks in which so many rows go through the chain."""
     on_cpu, alone = device.type == "cpu", go_alone(chain, rows)
+    if on_cpu and training and not chain.rebuild:
+        return Blocks(rows, max(1, rows), rows, device)  # what is kept goes through memory anyway
     together = torch.get_num_threads() if alone else 1  # at work on one block
-    most = (together * BLOCK_ELEMENTS if on_cpu else GPU_ELEMENTS) // chain.width
+    elements = together * BLOCK_BYTES // (2 if chain.bfloat16 else 4)
+    most = (elements if on_cpu else GPU_ELEMENTS) // chain.width
     if training and chain.rebuild:
         most = min(most, (REBUILT_ELEMENTS if on_cpu else GPU_ELEMENTS) // chain.kept)
     return Blocks(rows, max(1, most), rows if alone else LEAST_FLOPS // chain.flops, device)

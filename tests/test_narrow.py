@@ -7,13 +7,13 @@ import torch
 
 import nicefast as nf
 from helpers import assert_three_way, make, strided
-from nicefast import narrow, small
+from nicefast import narrow, onepiece
 from nicefast.blocks import Blocks
 
 
 @pytest.fixture(autouse=True)
 def batches_of_tests_are_large(monkeypatch):
-    monkeypatch.setattr(small, "KEPT_ELEMENTS", 1 << 21)
+    monkeypatch.setattr(onepiece, "KEPT_ELEMENTS", 1 << 21)
 
 
 OPTIONS = [{}, {"context": 3}, {"activation": "gelu", "prior": "normal"}, {"partition": "random"}]
@@ -50,7 +50,7 @@ def test_log_prob_and_its_gradient(options, rows):
 
 @pytest.mark.parametrize("rows", [1, 300])
 def test_log_prob_and_its_gradient_of_rows_on_their_side(monkeypatch, rows):
-    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: False)
+    monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
     for options in OPTIONS:
         test_log_prob_and_its_gradient(options, rows)
 
@@ -58,7 +58,7 @@ def test_log_prob_and_its_gradient_of_rows_on_their_side(monkeypatch, rows):
 def test_the_sizes_above_take_every_way():
     model = make(6, hidden=(32, 24))
     kinds = [type(nf.choose_path(model, torch.zeros(n, 6)).fused) for n in (700, 10_000, 60_000)]
-    assert kinds == [small.SmallBatch, small.SmallBatch, narrow.NarrowFlow]
+    assert kinds == [onepiece.OnePiece, onepiece.OnePiece, narrow.NarrowFlow]
     chain = nf.choose_path(model, torch.zeros(1, 6)).chain
     assert 60_000 * chain.flops > narrow.LEAST_FLOPS
 
@@ -101,7 +101,7 @@ def test_a_gradient_may_be_asked_for_twice():
 @pytest.mark.parametrize("few", [True, False])
 def test_threads_may_come_between_a_batch_and_its_gradient(monkeypatch, few):
     monkeypatch.setattr(narrow, "LEAST_FLOPS", 0)
-    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: few)
+    monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: few)
     model, x, before = make(6, activation="tanh"), torch.randn(300, 6), torch.get_num_threads()
     wanted = list(model.parameters())
     expected = torch.autograd.grad(model.log_prob(x).mean(), wanted)

@@ -12,7 +12,7 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, assert_three_way
-from nicefast import narrow, products, small
+from nicefast import narrow, onepiece, products
 from nicefast.blocks import Blocks, _openmp
 from nicefast.reference import ACTIVATIONS
 
@@ -21,18 +21,19 @@ from nicefast.reference import ACTIVATIONS
 def blocks(request, monkeypatch):
     """Batches of these tests in one block, or in many that several threads compute."""
     if request.param == "many blocks":
+        monkeypatch.setattr(products, "BLOCK_BYTES", 8192)
+        monkeypatch.setattr(narrow, "BLOCK_ELEMENTS", 2048)
         for module in (products, narrow):
-            monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2048)
             monkeypatch.setattr(module, "LEAST_FLOPS", 0)
         monkeypatch.setattr(products, "ROWS_PER_WIDTH", 0)
 
 
-@pytest.fixture(params=["small batch", "rebuilt", "rebuilt row by row", "kept"])
+@pytest.fixture(params=["one piece", "rebuilt", "rebuilt row by row", "kept"])
 def activations(request, monkeypatch):
     """``rebuilt``: by a narrow flow, its rows on their side; otherwise by products of rows."""
-    if request.param == "small batch":
+    if request.param == "one piece":
         return
-    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: False)
+    monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
     monkeypatch.setattr("nicefast.path.REBUILD_WIDTH", 0 if request.param == "kept" else 10**6)
     if request.param == "rebuilt row by row":
         monkeypatch.setattr("nicefast.path._on_cpu", lambda *_: None)
@@ -267,7 +268,7 @@ class Saved:
 
 
 def test_memory_of_narrow_flows_does_not_grow_with_depth(monkeypatch):
-    monkeypatch.setattr(small, "KEPT_ELEMENTS", 1 << 20)
+    monkeypatch.setattr(onepiece, "KEPT_ELEMENTS", 1 << 20)
     x = torch.randn(4096, 8)  # more than a small batch
     saved = {}
     for couplings in (4, 64):
@@ -295,8 +296,8 @@ def test_a_small_batch_keeps_no_more_than_it_may(activation):
     """However many couplings: with more of them, fewer rows are few."""
     for couplings in (4, 64):
         model = nf.NICE(8, hidden=(32, 32), couplings=couplings, activation=activation)
-        most = small.KEPT_ELEMENTS // nf.choose_path(model, torch.zeros(1, 8)).chain.kept
-        for rows, kind in ((most, small.SmallBatch), (most + 1, narrow.NarrowFlow)):
+        most = onepiece.KEPT_ELEMENTS // nf.choose_path(model, torch.zeros(1, 8)).chain.kept
+        for rows, kind in ((most, onepiece.OnePiece), (most + 1, narrow.NarrowFlow)):
             x = torch.randn(rows, 8)
             assert type(nf.choose_path(model, x).fused) is kind
         left = model.log_prob(x[:most]).grad_fn.next_functions[0][0].left
@@ -305,7 +306,7 @@ def test_a_small_batch_keeps_no_more_than_it_may(activation):
             for own in left.kept
             for t in own.operands + own.inputs
         }
-        assert 0.8 * small.KEPT_ELEMENTS < sum(kept.values()) <= small.KEPT_ELEMENTS
+        assert 0.8 * onepiece.KEPT_ELEMENTS < sum(kept.values()) <= onepiece.KEPT_ELEMENTS
 
 
 @pytest.mark.parametrize("partition", ["half", "alternating"])
@@ -321,7 +322,7 @@ def test_a_wide_log_prob_is_products_and_three_kernels(partition, rows, features
 
 
 def test_a_rebuilding_step_takes_at_most_a_third_more_products(monkeypatch):
-    monkeypatch.setattr(small.SmallBatch, "serves", lambda *_: False)
+    monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
     model = nf.NICE(8, hidden=(32, 32, 32), couplings=4)
     x = torch.randn(50, 8)
 

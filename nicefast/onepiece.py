@@ -1,9 +1,9 @@
-"""A small batch on the CPU: from x to log_prob in one piece.
+"""A batch on the CPU from x to log_prob in one piece: each operation on all rows, by all threads.
 
-So few rows cost less than the calls that compute them: every operation takes all rows at once, with
-all threads, and there are as few of them as can be. The gradient keeps the activations, which take
-64 MiB at most, however many couplings there are; only where the conditioners are wide, as many
-as such a flow keeps anyway.
+Few rows cost less than the calls that compute them: here are as few of those as can be. And where
+activations are kept for a gradient, blocks of rows would save nothing: what is kept goes through
+memory anyway. Wide flows keep them as they would anyway; narrow ones, which can rebuild them, only
+64 MiB at most, however many couplings there are.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from .chain import Chain
 from .ops import check_log_scale
 from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
 
-KEPT_ELEMENTS = 1 << 24  # of all activations of a batch
+KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks
+AT_ONCE = 1 << 22  # of narrow flows in float32 without gradients: their blocks gain earlier
 
 
 @dataclass
 class Left:
-    """What :meth:`SmallBatch.log_prob` leaves for its gradient besides z."""
+    """What :meth:`OnePiece.log_prob` leaves for its gradient besides z."""
 
     products: Products
     kept: list[Kept]
 
 
 @dataclass(frozen=True)
-class SmallBatch:
-    """Couplings, scaling and prior of a flow of MLPs, for few rows on the CPU.
+class OnePiece:
+    """Couplings, scaling and prior of a flow of MLPs on the CPU, all rows at once.
 
     Gradients are what the methods for them say; none are recorded.
     """
@@ -41,9 +42,12 @@ class SmallBatch:
     prior: str
 
     @staticmethod
-    def serves(chain: Chain, rows: int) -> bool:
-        """Whether so many rows are few."""
-        return rows * chain.kept <= KEPT_ELEMENTS or (not chain.rebuild and go_alone(chain, rows))
+    def serves(chain: Chain, rows: int, recorded: bool) -> bool:
+        """Whether so many rows are best at once; ``recorded``: for a gradient."""
+        if not chain.rebuild and (recorded or go_alone(chain, rows)):
+            return True
+        blocks_gain = chain.rebuild and not (recorded or chain.bfloat16)
+        return rows * chain.kept <= (AT_ONCE if blocks_gain else KEPT_ELEMENTS)
 
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""
