@@ -89,11 +89,9 @@ class Blocks:
         inference = torch.is_inference_mode_enabled()
 
         def run(share: S) -> T:
-            with (
-                torch.inference_mode(inference),
-                torch.no_grad(),  # after it: inference_mode(False) records gradients again
-                torch.autocast(self.device.type, enabled=False),
-            ):
+            # no word of autocast, which is off in these threads: leaving a block of it here would
+            # throw away what the caller's has cast
+            with torch.inference_mode(inference), torch.no_grad():  # in this order
                 return work(share)
 
         pool = _pool(os.getpid(), torch.get_num_threads())

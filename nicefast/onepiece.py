@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import likelihood
 from .blocks import alone
+from .casts import with_casts
 from .chain import Chain
 from .ops import check_log_scale
 from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
@@ -62,12 +63,14 @@ class OnePiece:
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
+        chain, none = with_casts(self.chain), torch.empty(0)
         with alone(x.device):
-            none = torch.empty(0)
-            if not (self.chain.narrow or want_z):  # all but products in as few operations as can be
-                h = self.couple(x, context, inverse=False)
+            if not (chain.narrow or want_z):  # all but products in as few operations as can be
+                pair = take_apart(x, chain.sides)
+                Products(chain, x.device, False).run(pair, context, None)
+                h = self._joined(pair)
                 return torch.ops.nicefast.scale_log_prob(h, log_scale, self.prior, False)
-            z = self._latent(x, context, log_scale, Products(self.chain, x.device, False), None)
+            z = self._latent(x, context, log_scale, Products(chain, x.device, False), None)
             log_prob = self._density(z, log_scale) if want_log_prob else none
             return self._in_rows(z) if want_z else none, log_prob
 
@@ -109,8 +112,9 @@ class OnePiece:
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
         """x of rows z (N, D)."""
         check_log_scale(log_scale)
-        with alone(z.device):
-            return self.couple(torch.mul(z, log_scale.neg().exp_()), context, inverse=True)
+        with torch.no_grad():
+            h = torch.mul(z, log_scale.neg().exp_())
+        return self.couple(h, context, inverse=True)
 
     def sample(
         self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
@@ -122,9 +126,10 @@ class OnePiece:
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         """Through the couplings alone."""
+        chain = with_casts(self.chain)
         with alone(x.device):
-            pair = take_apart(x, self.chain.sides)
-            Products(self.chain, x.device, inverse).run(pair, context, None)
+            pair = take_apart(x, chain.sides)
+            Products(chain, x.device, inverse).run(pair, context, None)
             return self._joined(pair)
 
     def _latent(

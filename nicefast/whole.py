@@ -8,18 +8,17 @@ what is written through ``p.data`` stays unseen, as it does in PyTorch itself.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backend
 from .chain import Chain
 from .ops import check_log_scale, columns_of
+from .versions import Version, version
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ class WholeFlow:
         parameters = self.chain.parameters
         if any(p.is_inference() for p in parameters):
             return self._pack()  # these count no versions
-        _watch_optimizers()
-        versions = [_steps, *((WeakIdRef(p), p.data_ptr(), p._version) for p in parameters)]
+        versions = [version(p) for p in parameters]
         found = _packed.get(parameters[0])
         if found is None or not found.flow.packs_like(self):
             found = _packed[parameters[0]] = _Packed(self, versions, self._pack())
@@ -123,18 +121,8 @@ class WholeFlow:
 @dataclass
 class _Packed:
     flow: WholeFlow
-    versions: list[Any]
+    versions: list[Version]
     tensors: tuple[Tensor, ...]
 
 
 _packed: Any = WeakIdKeyDictionary()
-_steps = 0  # of any optimizer
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        global _steps
-        _steps += 1
-
-    register_optimizer_step_post_hook(count)
