@@ -17,7 +17,7 @@ from nicefast.roofline import Ceilings, Work, elementwise_work, flow_work
 
 from . import elementwise, timing
 from .gate import Gate
-from .providers import PROVIDERS, Mode, Shape, make_call, modes
+from .providers import PRECISIONS, PROVIDERS, Mode, Shape, make_call
 from .timing import Call
 from .workloads import Task
 
@@ -75,7 +75,7 @@ def admit(name: str, gate: Gate, precision: str, direction: str) -> tuple[Record
         return {"status": f"failed: {type(error).__name__}: {error}"}, {}
     record: Record = {"status": "timed", "errors": {}}
     calls, failures = {}, []
-    for mode in modes(name, precision):
+    for mode in PRECISIONS[precision]:
         try:
             errors, failure = gate.check(model, precision, mode, direction)
         except Exception as error:
@@ -105,7 +105,8 @@ def _fastest_modes(
         if len(ways) > 1
         for mode, call in ways.items()
     }
-    trial = timing.interleave(several, inputs, rounds=max(1, min(3, rounds - 1)), warmup=1)
+    # enough calls for whatever is kept between calls to be kept
+    trial = timing.interleave(several, inputs, rounds=max(1, min(3, rounds - 1)), warmup=4)
     chosen = {}
     for name, ways in calls.items():
         if not ways:

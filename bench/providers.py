@@ -376,13 +376,6 @@ AUTOCAST = Mode("autocast", "highest", autocast=True)
 PRECISIONS = {"float32": (FLOAT32,), "tf32": (TF32,), "bf16": (AUTOCAST, MEDIUM)}
 
 
-def modes(provider: str, precision: str) -> tuple[Mode, ...]:
-    """The ways to ask a provider for a precision; of several, the fastest is reported."""
-    if provider == "nicefast" and precision == "bf16":
-        return (MEDIUM,)
-    return PRECISIONS[precision]
-
-
 def inference_call(model: Provider, mode: Mode, direction: str) -> Callable[[Tensor], object]:
     """``log_prob``, ``inverse`` or ``sample`` (as many rows as it is given), without gradients."""
     method = getattr(model, direction)

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from nicefast.roofline import DEVICES, Ceilings, flow_work
 
 from . import fleet, records
 from .naming import MINE, Names, distinct, is_flow, name_of, names_of, one_state, ordered, title
 from .pictures import PICTURES, drawn
+from .providers import Shape
 from .records import Record, number
 from .workloads import DIRECTIONS, FLOWS
 
+C = TypeVar("C")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -67,6 +70,7 @@ def report(found: Sequence[Record], folder: str | Path) -> Path:
     names = names_of(newest)
     lines = [f"# Benchmark: {devices[0]}", "", *_header(newest)]
     lines += ["", f"## {MINE} and the best other", "", *headline(newest)]
+    lines += ["", *across(newest)]
     lines += ["", *_summary(groups, names)]
     lines += ["", "## At least so long", "", *_bounds(newest)]
     pictures = [
@@ -88,24 +92,54 @@ def report(found: Sequence[Record], folder: str | Path) -> Path:
 
 def headline(newest: Sequence[Record]) -> Iterator[str]:
     """Whole flows at their own batch sizes: how many times faster than the fastest other."""
-    columns = [(p, d) for p in ("float32", "tf32", "bf16") for d in DIRECTIONS]
     cells: dict[str, dict[tuple[str, str], str]] = {}
+    for flow, r in _whole_flows(newest):
+        ratio = number(r, "to_best_other") if r["provider"] == MINE else None
+        if ratio is not None:
+            own = cells.setdefault(flow.title, {})
+            own.setdefault((r["precision"], r["direction"]), f"{ratio:.2f} ({r['best_other']})")
+    columns = [(p, d) for p in ("float32", "tf32", "bf16") for d in DIRECTIONS]
+    yield from _by_flow(cells, {c: f"{c[1]}, {c[0]}" for c in columns})
+
+
+def across(newest: Sequence[Record]) -> Iterator[str]:
+    """Whole flows with bfloat16 operands, beside the fastest other in float32: what both the
+    precision and the library are good for."""
+    mine: dict[tuple[str, str], float] = {}
+    others: dict[tuple[str, str], tuple[float, str]] = {}
+    for flow, r in _whole_flows(filter(records.is_timed, newest)):
+        key, seconds = (flow.title, r["direction"]), r["median"]
+        if r["provider"] == MINE and r["precision"] == "bf16":
+            mine[key] = seconds
+        elif r["provider"] != MINE and r["precision"] == "float32":
+            others[key] = min(others.get(key, (seconds, r["provider"])), (seconds, r["provider"]))
+    cells: dict[str, dict[str, str]] = {}
+    for flow, direction in mine.keys() & others.keys():
+        seconds, provider = others[flow, direction]
+        ratio = seconds / mine[flow, direction]
+        cells.setdefault(flow, {})[direction] = f"{ratio:.2f} ({provider})"
+    order = [title for title in dict.fromkeys(f.title for f in FLOWS.values()) if title in cells]
+    yield from _by_flow(
+        {title: cells[title] for title in order},
+        {d: f"{d}, bf16 / others in float32" for d in DIRECTIONS},
+    )
+
+
+def _whole_flows(newest: Iterable[Record]) -> Iterator[tuple[Shape, Record]]:
+    """Measurements of whole flows at their own batch sizes."""
     for r in one_state(newest):
         flow = FLOWS.get(r["case"])
-        ratio = number(r, "to_best_other") if r["provider"] == MINE else None
-        if (
-            flow is None
-            or ratio is None
-            or (r["rows"], r["features"]) != (flow.rows, flow.features)
-        ):
-            continue
-        own = cells.setdefault(flow.title, {})
-        own.setdefault((r["precision"], r["direction"]), f"{ratio:.2f} ({r['best_other']})")
-    columns = [c for c in columns if any(c in own for own in cells.values())]
-    if cells:
+        if flow is not None and (r["rows"], r["features"]) == (flow.rows, flow.features):
+            yield flow, r
+
+
+def _by_flow(cells: Mapping[str, Mapping[C, str]], columns: Mapping[C, str]) -> Iterator[str]:
+    """A table with a row for each flow; columns that have nothing are left out."""
+    used = [c for c in columns if any(c in own for own in cells.values())]
+    if used:
         yield from _markdown(
-            ["", *(f"{d}, {p}" for p, d in columns)],
-            ([flow, *(own.get(c, "") for c in columns)] for flow, own in cells.items()),
+            ["", *(columns[c] for c in used)],
+            ([flow, *(own.get(c, "") for c in used)] for flow, own in cells.items()),
         )
 
 
@@ -118,10 +152,8 @@ def _bounds(newest: Sequence[Record]) -> Iterator[str]:
     )
     yield ""
     rows: dict[tuple[str, str], list[str]] = {}
-    for r in one_state(newest):
-        flow, found = FLOWS.get(r["case"]), r.get("ceilings")
-        if flow is None or (r["rows"], r["features"]) != (flow.rows, flow.features):
-            continue
+    for flow, r in _whole_flows(newest):
+        found = r.get("ceilings")
         if not found or r["precision"] != "float32" or r["provider"] != MINE:
             continue
         work = flow_work(flow.rows, flow.features, flow.hidden, flow.couplings, r["direction"])

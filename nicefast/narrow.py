@@ -267,16 +267,16 @@ class NarrowFlow:
     ) -> Callable[[Block, Tensor], None]:
         """What writes the log_prob of a block's rows, before they are scaled."""
         features, first = sum(f.size for f in self.chain.sides), self.chain.sides[0].size
-        buffers = [torch.empty(features, rows, device="cpu", dtype=torch.float32) for _ in range(3)]
+        buffers = [torch.empty(features, rows, device="cpu", dtype=torch.float32) for _ in range(2)]
         constant = likelihood.constant(log_scale.detach(), self.prior)
 
         def write(block: Block, out: Tensor) -> None:
-            z, *others = (b[:, : block.rows] for b in buffers)
+            z, other = (b[:, : block.rows] for b in buffers)
             for side, scale, into in zip(
                 block.features, scales, (z[:first], z[first:]), strict=True
             ):
                 torch.mul(side, scale, out=into)
-            likelihood.sum_log_prior(z, self.prior, 0, out, z, *others)
+            likelihood.sum_log_prior(z, self.prior, 0, out, z, other)
             out += constant
 
         return write

@@ -339,6 +339,20 @@ def test_the_readme_s_table_is_made_of_the_committed_measurements():
     assert found
     readme = (root / "README.md").read_text().splitlines()
     for path in found:
-        table = list(report.headline(records.read([path])))
-        assert len(table) > 2
-        assert set(table) <= set(readme)
+        for make in (report.headline, report.across):
+            table = list(make(records.read([path])))
+            assert len(table) > 2
+            assert set(table) <= set(readme)
+
+
+def test_bfloat16_beside_the_others_in_float32():
+    found = group({"nicefast": 1.0, "plain": 3.0, "FrEIA": 2.0}, precision="float32")
+    found += group({"nicefast": 0.5, "plain": 0.7}, precision="bf16")
+    found += group({"nicefast": 0.1, "plain": 0.2}, precision="bf16", direction="sample")
+    found += [failure("zuko", "failed: off", precision="float32")]
+    found += group({"nicefast": 0.1, "plain": 9.0}, rows=64, precision="float32")  # other rows
+    header, _, *rows = report.across(found)
+    assert "log_prob" in header
+    assert "sample" not in header  # others were not measured at it in float32
+    assert rows == ["| D=64, hidden 256 x 3, 4 couplings, 16,384 rows | 4.00 (FrEIA) |"]
+    assert list(report.across(found[:3])) == []
