@@ -280,11 +280,12 @@ def test_short_calls_are_repeated_the_same_number_of_times():
     def call(name, seconds):
         return timing.Call(lambda x: (seen.update([name]), time.sleep(seconds)))
 
-    calls = {"short": call("short", 0.001), "long": call("long", 0.004)}
-    timings = timing.interleave(calls, [0], rounds=3, warmup=1, least=0.003)
+    calls = {"short": call("short", 0.001), "long": call("long", 0.002)}
+    # far more than a busy machine sleeps too long
+    timings = timing.interleave(calls, [0], rounds=3, warmup=1, least=0.05)
     assert seen["short"] == seen["long"] > 1 + 3
     assert timings["short"].median >= 0.001
-    assert timings["long"].median >= 0.004
+    assert timings["long"].median >= 0.002
 
 
 def test_page_faults_are_counted():
