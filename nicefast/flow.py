@@ -266,15 +266,16 @@ class NICE(nn.Module):
             rows = out[start : start + step]
             chunk = _repeat(c, n, start, start + len(rows))
             path = choose_path(self, rows, chunk)
-            if path.fused is not None:
-                rows.copy_(path.fused.sample(len(rows), start, seed, chunk, log_scale))
+            if path.whole is not None:
+                rows.copy_(path.whole.sample(len(rows), start, seed, chunk, log_scale))
                 continue
-            rows.copy_(self._noise(len(rows), seed, start))
+            h = self._noise(len(rows), seed, start)
             if path.chain is not None or self.grid is not None:
-                rows.copy_(self._couple(path, rows, chunk, inverse=True))
-                continue
-            for coupling in reversed(self._couplings()):
-                coupling.inverse_(rows, chunk)
+                h = self._couple(path, h, chunk, inverse=True)
+            else:
+                for coupling in reversed(self._couplings()):
+                    coupling.inverse_(h, chunk)
+            rows.copy_(h)
         return out.view(*batch, *self.event_shape)
 
     def sample_and_log_prob(

@@ -279,7 +279,10 @@ def sample_prior(
     if seed is None:
         seed = draw_seed(generator)
     _check_seed(seed)
-    return autograd.SamplePrior.apply(log_scale.contiguous(), n, row_offset, seed, prior, dtype)
+    arguments = log_scale.contiguous(), n, row_offset, seed, prior, dtype
+    if _is_plain_call(log_scale):
+        return torch.ops.nicefast.sample_prior(*arguments)
+    return autograd.SamplePrior.apply(*arguments)
 
 
 def dequantise(

@@ -137,14 +137,6 @@ class NarrowFlow:
         check_log_scale(log_scale)
         return self._couple(z, context, True, self._scales(-log_scale.detach()))
 
-    def sample(
-        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
-    ) -> Tensor:
-        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
-        draw = torch.ops.nicefast.sample_prior
-        h = draw(log_scale.detach(), n, row_offset, seed, self.prior, torch.float32)
-        return self.couple(h, context, inverse=True)
-
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         """Through the couplings alone."""
         return self._couple(x, context, inverse, None)

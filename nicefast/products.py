@@ -224,7 +224,9 @@ class Products:
     def _shifted(self, x2: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``x2 + h W^T + b``; back, what is added has the opposite sign, to the last bit."""
         fuses = self._fuses(weight, h)
-        if fuses and not self.inverse and x2.dtype == self.dtype:
+        # of wide flows always: nothing but products, however few rows there are
+        at_once = fuses or (self.onednn and not (self.narrow or self.training))
+        if at_once and not self.inverse and x2.dtype == self.dtype:
             return linear_pointwise.binary(h, x2, weight, bias, "add")
         if fuses or x2.dtype != self.dtype:
             shift = self._linear(weight, bias, h)

@@ -1,5 +1,7 @@
 """Weights that autocast keeps cast: taken from it, and never out of date."""
 
+import gc
+
 import pytest
 import torch
 
@@ -10,9 +12,7 @@ X = torch.randn(40, 12)
 
 
 @pytest.fixture(autouse=True)
-def weights_of_tests_are_large(monkeypatch):
-    monkeypatch.setattr(casts, "LEAST_ELEMENTS", 0)
-    monkeypatch.setattr(casts, "LEAST_CALLS", 1)
+def nothing_is_left_of_other_tests(monkeypatch):
     monkeypatch.setattr(casts, "_block", casts._Block())
 
 
@@ -53,14 +53,18 @@ def test_a_block_casts_once(options):
     assert torch.allclose(x, X, atol=0.1)
 
 
-def test_a_block_of_few_calls_costs_nothing_more(monkeypatch):
-    monkeypatch.setattr(casts, "LEAST_CALLS", 3)
-    model = make()
+def test_what_was_cast_goes_with_the_block_and_with_the_model():
+    model, other = make(), make()
     with torch.no_grad(), autocast():
-        chain = nf.choose_path(model, X).chain
-        for call in range(5):
-            weight = casts.with_casts(chain).couplings[0][0][0]
-            assert (weight.dtype == torch.bfloat16) == (call >= 3)
+        model.log_prob(X)
+        other.log_prob(X)
+        assert len(casts._block.casts) == 2
+        del other
+        gc.collect()
+        assert len(casts._block.casts) == 1
+    with torch.no_grad():
+        model.log_prob(X)
+        assert not casts._block.casts
 
 
 def change_in_place(model):

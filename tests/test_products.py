@@ -310,7 +310,10 @@ def test_a_small_batch_keeps_no_more_than_it_may(activation):
 
 
 @pytest.mark.parametrize("partition", ["half", "alternating"])
-@pytest.mark.parametrize(("rows", "features", "width"), [(64, 784, 1000), (1024, 64, 256)])
+@pytest.mark.parametrize("features", [64, 784])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 129), (8, 1000), (64, 256), (64, 1000), (1024, 256), (2000, 130)]
+)
 def test_a_wide_log_prob_is_products_and_three_kernels(partition, rows, features, width):
     model = nf.NICE(features, hidden=(width,) * 5, couplings=4, partition=partition)
     x = torch.randn(rows, features)
