@@ -124,8 +124,8 @@ def test_every_split_policy_and_architecture(
         grid=2.0**exponent,
     )
     with torch.no_grad():
-        for p in model.couplings.parameters():
-            p.uniform_(-1, 1)
+        for p in model.couplings.parameters():  # within the finest grid's range, +-64
+            p.uniform_(-1, 1).div_(p.shape[-1] ** 0.5)
     x = torch.randn(11, features, dtype=torch.float64 if wide else torch.float32)
     c = torch.randn(11, context) if context else None
     with policy(policies[0]), torch.no_grad():
