@@ -198,7 +198,7 @@ def test_a_table(gate, direction):
         )
         assert record["share"] == pytest.approx(least / record["median"])
     mine, plain = found["nicefast"], found["plain"]
-    assert mine["mode"] == "medium"
+    assert {mine["mode"], plain["mode"]} <= {"autocast", "medium"}
     assert mine["best_other"] == "plain"
     assert mine["to_best_other"] == plain["median"] / mine["median"]
     assert plain["to_best_other"] == mine["median"] / plain["median"]
