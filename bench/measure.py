@@ -105,8 +105,7 @@ def _fastest_modes(
         if len(ways) > 1
         for mode, call in ways.items()
     }
-    # enough calls for whatever is kept between calls to be kept
-    trial = timing.interleave(several, inputs, rounds=max(1, min(3, rounds - 1)), warmup=4)
+    trial = timing.interleave(several, inputs, rounds=max(1, min(3, rounds - 1)), warmup=1)
     chosen = {}
     for name, ways in calls.items():
         if not ways:

@@ -13,12 +13,11 @@ from torch.distributions import Distribution
 
 from . import backend, exact, priors, reversible
 from . import functional as F  # noqa: N812
-from .chain import Chain
 from .distributions import FlowDistribution, FlowTransform
 from .graphs import METHODS, GraphedFlow
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition, partition_chain
-from .path import Path, choose_path
+from .path import Path, choose_path, is_recorded
 from .reference import at_least_float32, check_prior
 
 
@@ -178,7 +177,7 @@ class NICE(nn.Module):
         """Data to latent: ``(z, log_det)``."""
         h, c = self.rows("x", x, context)
         path = choose_path(self, h, c)
-        if path.fused is not None and not self._records(path.fused.chain, h, c):
+        if path.fused is not None and not is_recorded(self, path.fused.chain, h, c):
             z, _ = path.fused.forward(h, c, self.scaling.log_scale, want_z=True)
         else:
             z = self._couple(path, h, c)
@@ -189,7 +188,7 @@ class NICE(nn.Module):
         """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
         h, c = self.rows("z", z, context)
         path = choose_path(self, h, c)
-        if path.fused is not None and not self._records(path.fused.chain, h, c):
+        if path.fused is not None and not is_recorded(self, path.fused.chain, h, c):
             h = path.fused.inverse(h, c, self.scaling.log_scale)
         else:
             h = h if self.grid is not None else self.scaling.inverse(h)[0]
@@ -202,7 +201,7 @@ class NICE(nn.Module):
         path, log_scale = choose_path(self, h, c), self.scaling.log_scale
         if path.differentiable is not None:
             log_prob = F.flow_log_prob(path.differentiable, h, c, log_scale)
-        elif path.whole is not None and not self._records(path.whole.chain, h, c):
+        elif path.whole is not None and not is_recorded(self, path.whole.chain, h, c):
             _, log_prob = path.whole.forward(h, c, log_scale, want_log_prob=True)
         else:
             h = self._couple(path, h, c)
@@ -395,9 +394,6 @@ class NICE(nn.Module):
                 f"context must be on {self.scaling.log_scale.device}, where the flow is, "
                 f"got {context.device}"
             )
-
-    def _records(self, chain: Chain, h: Tensor, context: Tensor | None) -> bool:
-        return F.records(h, context, self.scaling.log_scale, *chain.parameters)
 
     def _couple(
         self, path: Path, h: Tensor, context: Tensor | None, inverse: bool = False

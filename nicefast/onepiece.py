@@ -21,7 +21,7 @@ from .ops import check_log_scale
 from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
 
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks
-AT_ONCE = 1 << 22  # of narrow flows in float32 without gradients: their blocks gain earlier
+AT_ONCE_ELEMENTS = 1 << 22  # of narrow flows in float32, nothing recorded: blocks gain earlier
 
 
 @dataclass
@@ -48,7 +48,7 @@ class OnePiece:
         if not chain.rebuild and (recorded or go_alone(chain, rows)):
             return True
         blocks_gain = chain.rebuild and not (recorded or chain.bfloat16)
-        return rows * chain.kept <= (AT_ONCE if blocks_gain else KEPT_ELEMENTS)
+        return rows * chain.kept <= (AT_ONCE_ELEMENTS if blocks_gain else KEPT_ELEMENTS)
 
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""
@@ -63,13 +63,12 @@ class OnePiece:
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
+        if not (self.chain.narrow or want_z):  # all but products in as few operations as can be
+            h = self.couple(x, context, inverse=False)
+            with alone(x.device):
+                return torch.ops.nicefast.scale_log_prob(h, log_scale, self.prior, False)
         chain, none = with_casts(self.chain), torch.empty(0)
         with alone(x.device):
-            if not (chain.narrow or want_z):  # all but products in as few operations as can be
-                pair = take_apart(x, chain.sides)
-                Products(chain, x.device, False).run(pair, context, None)
-                h = self._joined(pair)
-                return torch.ops.nicefast.scale_log_prob(h, log_scale, self.prior, False)
             z = self._latent(x, context, log_scale, Products(chain, x.device, False), None)
             log_prob = self._density(z, log_scale) if want_log_prob else none
             return self._in_rows(z) if want_z else none, log_prob

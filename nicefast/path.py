@@ -86,7 +86,8 @@ class Path(NamedTuple):
             f"{name} {published.ceilings(kind).seconds(*work) * 1e3:.3g} ms"
             for name, published in DEVICES.items()
         )
-        kept = "keeps" if recorded.chain is not None and not recorded.chain.rebuild else "rebuilds"
+        assert recorded.chain is not None  # gradients change how, not whether
+        kept = "rebuilds" if recorded.chain.rebuild else "keeps"
         return "\n".join(
             (
                 f"{self.name}: {self.reason}",
@@ -148,6 +149,11 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     return Path("products", f"{reason}; no whole-flow kernel: {whole}", chain)
 
 
+def is_recorded(flow: Flow, chain: Chain, x: Tensor, context: Tensor | None) -> bool:
+    """Whether autograd records what happens to these rows."""
+    return F.records(x, context, flow.scaling.log_scale, *chain.parameters)
+
+
 def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     """The kernel for the whole flow, or why there is none."""
     reason = _why_scaling_is_apart(flow.scaling)
@@ -182,8 +188,7 @@ def _on_cpu(
     """The whole flow in one pass, where a CPU is fastest so."""
     if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling) is not None:
         return None
-    recorded = F.records(x, context, flow.scaling.log_scale, *chain.parameters)
-    if OnePiece.serves(chain, x.shape[0], recorded):
+    if OnePiece.serves(chain, x.shape[0], is_recorded(flow, chain, x, context)):
         return OnePiece(replace(chain, rebuild=False) if chain.rebuild else chain, flow.prior_name)
     if chain.bfloat16 or not chain.rebuild:
         return None

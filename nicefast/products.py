@@ -301,11 +301,12 @@ class Products:
             return self.activation.apply_(own.inputs[-1].clone())
         if not self.relu:
             return self._activated(weight, bias, h, plus)
-        if plus is None and self._fuses(weight, h) and self._stays_finite(weight, bias, h, first):
+        fuses = self._fuses(weight, h)
+        if plus is None and fuses and self._stays_finite(weight, bias, h, first):
             return linear_pointwise(h, weight, bias, "relu", [], "")
         # a gradient through almost nothing is almost nothing, its square in an optimizer a denormal
         # number, and arithmetic with such takes several times as long: here, relu's zero is zero
-        if plus is None and not self._fuses(weight, h):
+        if plus is None and not fuses:
             out = torch._addmm_activation(bias, h, weight.t())
         else:
             out = torch.relu_(self._linear(weight, bias, h, plus))

@@ -15,15 +15,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .philox import philox, unsigned
+
 PRIORS = ("logistic", "normal")
 NOISE_ELEMENTS = 1 << 18  # of a block of noise, for each thread: its integers stay in the caches
-FEW_QUADS = 1 << 15  # of features: with fewer, PyTorch has one thread, and calls NumPy's cost less
-Integers = Any  # a Tensor, or an array of NumPy
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "leaky_relu": torch.nn.functional.leaky_relu,
@@ -241,12 +240,12 @@ def prior_noise(rows: Tensor, features: int, seed: int, prior: str, dtype: torch
     No value is infinite.
     """
     quads = torch.arange(-(-features // 4), device=rows.device)
-    high = _philox(rows, quads, 0, seed)
-    low = _philox(rows, quads, 1, seed) if dtype == torch.float64 else None
+    high = philox(rows, quads, 0, seed)
+    low = philox(rows, quads, 1, seed) if dtype == torch.float64 else None
 
     def unit(bits: Tensor, scale: float) -> Tensor:
-        fraction = 0.5 if low is None else (_unsigned(low, dtype) + 0.5) * 2.0**-32
-        return _unsigned(bits, dtype).add_(fraction).mul_(scale)
+        fraction = 0.5 if low is None else (unsigned(low, dtype) + 0.5) * 2.0**-32
+        return unsigned(bits, dtype).add_(fraction).mul_(scale)
 
     if prior == "logistic":
         w = unit(high & 0x7FFFFFFF, 2.0**-31)
@@ -290,7 +289,7 @@ def dequantise(
     step = _rows_of_noise(d)
     for i in range(0, n, step):
         rows = torch.arange(i, min(i + step, n), device=levels.device) + row_offset
-        words = _philox(rows, quads, 0, seed)[:, :d]
+        words = philox(rows, quads, 0, seed)[:, :d]
         fraction = words.bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
         level, x = flat[i : i + step], out[i : i + step]
         if k is None:
@@ -318,63 +317,8 @@ def _grid(k: int | None, low: float, high: float) -> tuple[int, float, float, fl
 
 def _rows_of_noise(features: int) -> int:
     """How many rows of noise are made at a time."""
-    return max(1, NOISE_ELEMENTS * torch.get_num_threads() // features)
-
-
-def _philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
-    """Philox4x32-10, every word a signed number of 32 bits: (len(rows), 4 * len(quads)), int32."""
-    if torch.compiler.is_exporting():  # elsewhere, nothing may be seen as another dtype: int64
-        c = _philox_words(rows, quads, word, seed)
-        signed = [((own & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for own in c]
-        return torch.stack(signed, -1).view(len(rows), 4 * len(quads))
-    if rows.device.type == "cpu" and len(rows) * len(quads) < FEW_QUADS:
-        few = _philox_words(rows.numpy(), quads.numpy(), word, seed)
-        c0, c1, c2, c3 = (torch.from_numpy(own) for own in few)
-    else:
-        c0, c1, c2, c3 = _philox_words(rows, quads, word, seed)
-    c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
-    c3.bitwise_left_shift_(32).bitwise_or_(c2)
-    return torch.stack((c1, c3), -1).view(torch.int32).view(len(rows), 4 * len(quads))
-
-
-def _unsigned(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bits of signed words as numbers from 0 to 2^32 - 1, rounded to ``dtype``."""
-    if words.dtype == torch.int32:
-        return words.view(torch.uint32).to(dtype)
-    return (words & 0xFFFFFFFF).to(dtype)
-
-
-def _philox_words(rows: Integers, quads: Integers, word: int, seed: int) -> list[Integers]:
-    """Philox's four words in int64, (len(rows), len(quads)) each, all in memory of their own.
-
-    Only the 1st and 3rd are multiplied, and cut to 32 bits for that: the upper halves of the 2nd
-    and 4th hold what is left of a product.
-    """
-    library: Any = torch if isinstance(rows, Tensor) else np
-    shift: Any = torch.bitwise_right_shift if library is torch else np.right_shift
-    mask = 0xFFFFFFFF
-    weyl = ((seed + i * 0x9E3779B9, (seed >> 32) + i * 0xBB67AE85) for i in range(10))
-    keys = [(k0 & mask, k1 & mask) for k0, k1 in weyl]
-    c0, c1 = (rows & mask)[:, None], (rows >> 32)[:, None]
-    c2, c3 = quads[None, :], quads[None, :1] * 0 + word
-    for k0, k1 in keys[:3]:  # some words still depend on the row or the quad alone
-        p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps at 64 bits, as it should
-        c0, c2 = ((p2 >> 32) ^ c1 ^ k0) & mask, ((p0 >> 32) ^ c3 ^ k1) & mask
-        c1, c3 = p2, p0
-    t0, t2 = library.empty_like(c0), library.empty_like(c2)
-    for k0, k1 in keys[3:]:  # over and over the same six buffers, which stay in the cache
-        c0 *= 0xD2511F53
-        c2 *= 0xCD9E8D57
-        shift(c2, 32, out=t0)
-        t0 ^= c1
-        t0 ^= k0
-        t0 &= mask
-        shift(c0, 32, out=t2)
-        t2 ^= c3
-        t2 ^= k1
-        t2 &= mask
-        c0, c1, c2, c3, t0, t2 = t0, c2, t2, c0, c1, c3
-    return [c0, c1, c2, c3]
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    return max(1, NOISE_ELEMENTS * threads // features)
 
 
 def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Weights that autocast keeps cast: taken from it, and never out of date."""
+"""Parameters that are cast once within a block of autocast: never out of date."""
 
 import gc
 

@@ -93,7 +93,7 @@ def test_tile_does_not_matter(triton_backend, device, monkeypatch):
 
 def test_noise_is_that_of_the_prior():
     """The same words: what sample_prior takes for its uniform numbers, cut to 13 bits."""
-    words = R._philox(torch.arange(5) + 7, torch.arange(2), 0, 99)[:, :6]
+    words = R.philox(torch.arange(5) + 7, torch.arange(2), 0, 99)[:, :6]
     u = (((words >> 19) & 0x1FFF).float() + 0.5) * 2.0**-13
     x = F.dequantise(torch.zeros(5, 6, dtype=torch.uint8), 256, seed=99, row_offset=7)
     assert torch.equal(x * 256, u)
@@ -167,7 +167,7 @@ def test_largest_noise_stays_below_the_next_level(monkeypatch):
     for word in (0, 0xFFFFFFFF - (1 << 32)):
         monkeypatch.setattr(
             R,
-            "_philox",
+            "philox",
             lambda rows, quads, word, seed, w=word: torch.full(
                 (len(rows), 4 * len(quads)), w, dtype=torch.int32
             ),

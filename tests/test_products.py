@@ -316,9 +316,15 @@ def test_a_small_batch_keeps_no_more_than_it_may(activation):
 )
 def test_a_wide_log_prob_is_products_and_three_kernels(partition, rows, features, width):
     model = nf.NICE(features, hidden=(width,) * 5, couplings=4, partition=partition)
+    for coupling in model.couplings:
+        coupling.conditioner.linears[-1].reset_parameters()
     x = torch.randn(rows, features)
-    with torch.no_grad(), Operators() as operators:
-        model.log_prob(x)
+    with torch.no_grad():
+        with Operators() as operators:
+            found = model.log_prob(x)
+        with nf.set_backend("reference"):
+            plain = model.log_prob(x)
+        assert_three_way(found, plain, copy.deepcopy(model).double().log_prob(x.double()))
     counted = operators.computing()
     assert len(operators.products()) == 4 * 6
     assert len(counted) <= 4 * 6 + 3, counted

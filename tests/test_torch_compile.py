@@ -164,3 +164,16 @@ def test_on_a_gpu(partition):
         strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-2, rtol=1e-4)
+
+
+def test_reference_noise_is_traced_too():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def sample(log_scale):
+        return nf.reference.sample_prior(log_scale, 6, 3)
+
+    log_scale = torch.zeros(8)
+    compiled = torch.compile(sample, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(log_scale), sample(log_scale))
+    with FakeTensorMode():
+        assert sample(torch.zeros(8)).shape == (6, 8)

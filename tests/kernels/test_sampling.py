@@ -105,7 +105,7 @@ def test_known_answers_of_philox():
             if c[1] < 1 << 31
             else words([(c[0] | (c[1] << 32)) - (1 << 64)])
         )
-        out = R._philox(rows, words([c[2]]), c[3], k[0] | (k[1] << 32))
+        out = R.philox(rows, words([c[2]]), c[3], k[0] | (k[1] << 32))
         return [f"{v & 0xFFFFFFFF:08x}" for v in out.flatten().tolist()]
 
     assert philox((0, 0, 0, 0), (0, 0)) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
@@ -125,7 +125,7 @@ def test_never_infinite(monkeypatch, prior, dtype):
     """The extreme words of the generator give finite, symmetric numbers."""
     words = torch.tensor([0, 1, 2**31 - 1, -(2**31), -2, -1], dtype=torch.int32)
     grid = torch.cartesian_prod(words, words, words[:2], words[:2])
-    monkeypatch.setattr(R, "_philox", lambda rows, quads, word, seed: grid)
+    monkeypatch.setattr(R, "philox", lambda rows, quads, word, seed: grid)
     z = R.prior_noise(
         torch.zeros(len(grid)), 4, 0, prior, torch.promote_types(dtype, torch.float32)
     )
