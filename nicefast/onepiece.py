@@ -1,9 +1,10 @@
 """A batch on the CPU from x to log_prob in one piece: each operation on all rows, by all threads.
 
-Few rows cost less than the calls that compute them: here are as few of those as can be. And where
-activations are kept for a gradient, blocks of rows would save nothing: what is kept goes through
-memory anyway. Wide flows keep them as they would anyway; narrow ones, which can rebuild them, only
-64 MiB at most, however many couplings there are.
+Few rows cost less than the calls that compute them: here are as few of those as can be. With
+products in bfloat16, as fast as those are, that holds for many rows, too. And where activations are
+kept for a gradient, blocks of rows would save nothing: what is kept goes through memory anyway.
+Wide flows keep them as they would anyway; narrow ones, which can rebuild them, only 64 MiB at most,
+however many couplings there are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .ops import check_log_scale
 from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
 
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks
-AT_ONCE_ELEMENTS = 1 << 22  # of narrow flows in float32, nothing recorded: blocks gain earlier
+AT_ONCE_ELEMENTS = 1 << 22  # the same of narrow flows in float32 where nothing is recorded,
+BFLOAT16_ELEMENTS = 1 << 22  # and of one activation in bfloat16: few calls gain more than blocks do
 
 
 @dataclass
@@ -45,10 +47,13 @@ class OnePiece:
     @staticmethod
     def serves(chain: Chain, rows: int, recorded: bool) -> bool:
         """Whether so many rows are best at once; ``recorded``: for a gradient."""
-        if not chain.rebuild and (recorded or go_alone(chain, rows)):
+        if recorded:
+            return not chain.rebuild or rows * chain.kept <= KEPT_ELEMENTS
+        if chain.bfloat16:
+            return rows * chain.width <= BFLOAT16_ELEMENTS
+        if not chain.rebuild and go_alone(chain, rows):
             return True
-        blocks_gain = chain.rebuild and not (recorded or chain.bfloat16)
-        return rows * chain.kept <= (AT_ONCE_ELEMENTS if blocks_gain else KEPT_ELEMENTS)
+        return rows * chain.kept <= (AT_ONCE_ELEMENTS if chain.rebuild else KEPT_ELEMENTS)
 
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""

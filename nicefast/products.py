@@ -25,7 +25,7 @@ from .blocks import Blocks
 from .chain import ACTIVATIONS, Chain, Layers, linear_pointwise
 from .ops import Features, columns_of
 
-BLOCK_BYTES = 1 << 21  # of one activation: few enough for the cache, and threads seldom meet
+BLOCK_BYTES = 1 << 22  # of one activation: few enough for the cache, and threads seldom meet
 LEAST_FLOPS = 1 << 30  # below this, a batch is not worth the hand-over to threads
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
@@ -36,7 +36,7 @@ LARGE = 2.0**50  # sums of products of smaller numbers are finite
 ROWS_PER_WIDTH = 16
 TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
 FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
-REBUILT_ELEMENTS = 1 << 23  # of all activations of a block
+REBUILT_ELEMENTS = 1 << 25  # of all activations of a block: 128 MiB a thread in float32
 GPU_ELEMENTS = 1 << 28  # of one activation on a GPU
 
 
