@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """Couplings that take one partition and its complement, and how to compute them.
 
@@ -98,6 +98,15 @@ class Chain:
     def parameters(self) -> list[Tensor]:
         return [t for layers in self.couplings for pair in layers for t in pair]
 
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    @cached_property
+    def keeping(self) -> Chain:
+        """The same, but that activations are kept."""
+        return replace(self, rebuild=False)
+
     @cached_property
     def products(self) -> int:
         """Matrix products of one pass."""
@@ -117,6 +126,11 @@ class Chain:
     def narrow(self) -> bool:
         """Whether other operations take a good part of the time that products do."""
         return self.hidden <= NARROW
+
+    @cached_property
+    def largest(self) -> int:
+        """Numbers in the largest weight."""
+        return max(w.numel() for layers in self.couplings for w, _ in layers)
 
     @cached_property
     def width(self) -> int:

@@ -199,10 +199,10 @@ class NICE(nn.Module):
         """Exact log-density of each x, in nats; float32 or wider."""
         h, c = self.rows("x", x, context)
         path, log_scale = choose_path(self, h, c), self.scaling.log_scale
-        if path.differentiable is not None:
+        if path.fused is not None and not is_recorded(self, path.fused.chain, h, c):
+            _, log_prob = path.fused.forward(h, c, log_scale, want_log_prob=True)
+        elif path.differentiable is not None:
             log_prob = F.flow_log_prob(path.differentiable, h, c, log_scale)
-        elif path.whole is not None and not is_recorded(self, path.whole.chain, h, c):
-            _, log_prob = path.whole.forward(h, c, log_scale, want_log_prob=True)
         else:
             h = self._couple(path, h, c)
             log_prob = F.scale_log_prob(h, log_scale, self.prior_name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import cast
 
 import torch
@@ -258,6 +259,8 @@ class Scaling(nn.Module):
 
 
 PLAIN = (Tensor, nn.Parameter)  # types of tensors of which everything is known
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks = itemgetter(*HOOKS)
 
 
 def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] | str:
@@ -281,13 +284,7 @@ def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] |
 def is_watched(module: nn.Module) -> bool:
     """Whether calling it does anything but its class's forward."""
     own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    return any(_hooks(own)) or "forward" in own
 
 
 def _dropout(h: Tensor, p: float) -> Tensor:

@@ -14,24 +14,24 @@ never has to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import backend
 from . import functional as F  # noqa: N812
-from .chain import NARROW, Chain, Layers
-from .layers import MLP, PLAIN, AdditiveCoupling, Scaling, is_watched, plain_layers
+from .chain import Chain
+from .handful import Handful
+from .layers import PLAIN, Scaling, is_watched, plain_layers
 from .narrow import NarrowFlow
 from .onepiece import OnePiece
 from .products import cut
+from .reading import read
 from .roofline import DEVICES, ceilings, layers_work
 from .whole import WholeFlow
 
-REBUILD_WIDTH = NARROW  # up to this hidden width the backward pass rebuilds activations
 SERVED = ("cpu", "cuda")
 LAYERS = "layer by layer"
 EXACT = "exact"
@@ -134,9 +134,11 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     reason = _why_call_needs_layers(x, context)
     if reason is not None:
         return Path(LAYERS, reason)
-    chain = _read(list(flow.couplings), x, context)
+    chain = read(flow.couplings, x.device, _uses_bfloat16(x.device))
     if not isinstance(chain, Chain):
         return Path(LAYERS, chain)
+    if (context is None) != (chain.context == 0):
+        return Path(LAYERS, "the context is missing or unexpected")
     reason = "every coupling is an MLP's, on one partition"
     if not backend.uses_kernels(x.device):
         fused = _on_cpu(chain, flow, x, context)
@@ -179,7 +181,8 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     if isinstance(tile, str):
         return tile
     # whatever the width: the kernel leaves no activations
-    return WholeFlow(replace(chain, rebuild=True), shape, tile, x.device)
+    rebuilt = chain if chain.rebuild else replace(chain, rebuild=True)
+    return WholeFlow(rebuilt, shape, tile, x.device)
 
 
 def _on_cpu(
@@ -188,8 +191,11 @@ def _on_cpu(
     """The whole flow in one pass, where a CPU is fastest so."""
     if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling) is not None:
         return None
-    if OnePiece.serves(chain, x.shape[0], is_recorded(flow, chain, x, context)):
-        return OnePiece(replace(chain, rebuild=False) if chain.rebuild else chain, flow.prior_name)
+    rows, recorded = x.shape[0], is_recorded(flow, chain, x, context)
+    if Handful.serves(chain, rows, recorded):
+        return Handful(chain, flow.prior_name)
+    if OnePiece.serves(chain, rows, recorded):
+        return OnePiece(chain.keeping if chain.rebuild else chain, flow.prior_name)
     if chain.bfloat16 or not chain.rebuild:
         return None
     return NarrowFlow(chain, flow.prior_name)
@@ -251,76 +257,3 @@ def _uses_bfloat16(device: torch.device) -> bool:
     if torch.get_float32_matmul_precision() != "medium":
         return False
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-
-
-def _read(couplings: Sequence[nn.Module], x: Tensor, context: Tensor | None) -> Chain | str:
-    """The couplings as plain tensors, or why they can't be seen as such."""
-    if nn.modules.module._has_any_global_hook():
-        return "global module hooks"
-    read = []
-    for i, coupling in enumerate(couplings):
-        layers = _layers(coupling)
-        if isinstance(layers, str):
-            return f"coupling {i}: {layers}"
-        read.append(layers)
-    known = cast("Sequence[AdditiveCoupling]", couplings)
-    device, first = x.device, known[0].partition
-    other = ~first
-    sides = (first.locate(device, True), first.locate(device, False))
-    mlp = _mlp(known[0])
-    conditions, float32 = [], torch.float32
-    for i, (coupling, layers) in enumerate(zip(known, read, strict=True)):
-        own, partition = _mlp(coupling), coupling.partition
-        if partition is first or (partition is not other and partition == first):
-            side = 0
-        elif partition is other or partition == other:
-            side = 1
-        else:
-            return f"coupling {i}: a partition of its own"
-        if own.activation != mlp.activation or own.context != mlp.context:
-            return f"coupling {i}: another activation or context than the first"
-        width, goal = sides[side].size + own.context, sides[1 - side].size
-        for weight, bias in layers:
-            same = weight.dtype is float32 is bias.dtype
-            if not same or weight.device != device or bias.device != device:
-                return f"coupling {i}: parameters that are no float32 tensors on {device}"
-            out = bias.shape[0]
-            if weight.shape != (out, width):
-                return f"coupling {i}: weights {tuple(weight.shape)} for {width} inputs"
-            width = out
-        if width != goal:
-            return f"coupling {i}: {width} outputs for {goal} shifted features"
-        conditions.append(side)
-    if (context is None) != (mlp.context == 0):
-        return "the context is missing or unexpected"
-    hidden = max([bias.shape[0] for layers in read for _, bias in layers[:-1]])
-    return Chain(
-        couplings=tuple(read),
-        conditions=tuple(conditions),
-        sides=sides,
-        activation=mlp.activation,
-        context=mlp.context,
-        bfloat16=_uses_bfloat16(device),
-        rebuild=hidden <= REBUILD_WIDTH,
-    )
-
-
-def _mlp(coupling: nn.Module) -> MLP:
-    return cast("MLP", coupling.__dict__["_modules"]["conditioner"])  # no way round by __getattr__
-
-
-def _layers(coupling: nn.Module) -> Layers | str:
-    """The linear layers of a coupling, or why it can't be computed from them alone."""
-    if type(coupling) is not AdditiveCoupling:
-        return f"a {type(coupling).__name__}, whose inside is not known"
-    mlp = coupling._modules.get("conditioner")
-    layers = plain_layers(mlp)
-    if isinstance(layers, str):
-        return layers
-    if is_watched(coupling):
-        return "hooks, or a forward of its own"
-    if len(layers) < 2:
-        return "no hidden layer"
-    if cast("MLP", mlp).drops:
-        return "dropout, in training mode"
-    return tuple(layers)

@@ -63,7 +63,7 @@ def test_the_sizes_above_take_every_way():
     assert 60_000 * chain.flops > narrow.LEAST_FLOPS
 
 
-@pytest.mark.parametrize("rows", [5, 700, 60_000])
+@pytest.mark.parametrize("rows", [700, 60_000])
 def test_recording_changes_no_bit(rows):
     model, x = make(6, hidden=(32, 24)), torch.randn(rows, 6)
     recorded = model.log_prob(x)

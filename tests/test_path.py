@@ -82,6 +82,18 @@ def _another_activation(model):
     model.couplings[0].conditioner.activation = "tanh"
 
 
+def _grid(model):
+    model.couplings[1].grid = 2.0**-4
+
+
+def _dropping(model):
+    model.couplings[0].conditioner.dropout = 0.5
+
+
+def _another_type(model):
+    model.couplings[0].__class__ = type("Other", (nf.AdditiveCoupling,), {})
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -95,10 +107,16 @@ def _another_activation(model):
         (_no_bias, "coupling 0: a layer that is no plain nn.Linear"),
         (_one_narrower, "coupling 2: parameters that are no float32"),
         (_another_activation, "coupling 1: another activation"),
+        (_grid, "coupling 1: a grid of its own"),
+        (_dropping, "coupling 0: dropout"),
+        (_another_type, "coupling 0: a Other"),
     ],
 )
-def test_what_products_do_not_know_is_done_layer_by_layer(change, says):
+@pytest.mark.parametrize("known", [False, True])
+def test_what_products_do_not_know_is_done_layer_by_layer(change, says, known):
     model = flow()
+    if known:  # what was read before is not taken for what there is
+        assert path(model).name == "products"
     change(model)
     chosen = path(model)
     assert chosen.name == "layer by layer"

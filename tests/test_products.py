@@ -34,7 +34,7 @@ def activations(request, monkeypatch):
     if request.param == "one piece":
         return
     monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
-    monkeypatch.setattr("nicefast.path.REBUILD_WIDTH", 0 if request.param == "kept" else 10**6)
+    monkeypatch.setattr("nicefast.reading.REBUILD_WIDTH", 0 if request.param == "kept" else 10**6)
     if request.param == "rebuilt row by row":
         monkeypatch.setattr("nicefast.path._on_cpu", lambda *_: None)
 
