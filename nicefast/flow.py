@@ -259,23 +259,31 @@ class NICE(nn.Module):
         _check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         step = batch_size or max(total, 1)
         seed = F.draw_seed(generator)
-        log_scale = self.scaling.log_scale
-        out = torch.empty(total, self.features, dtype=self.dtype, device=log_scale.device)
+        if step >= total:
+            return self._draw(total, 0, seed, _repeat(c, n, 0, total)).view(
+                *batch, *self.event_shape
+            )
+        out = torch.empty(
+            total, self.features, dtype=self.dtype, device=self.scaling.log_scale.device
+        )
         for start in range(0, total, step):
             rows = out[start : start + step]
-            chunk = _repeat(c, n, start, start + len(rows))
-            path = choose_path(self, rows, chunk)
-            if path.whole is not None:
-                rows.copy_(path.whole.sample(len(rows), start, seed, chunk, log_scale))
-                continue
-            h = self._noise(len(rows), seed, start)
-            if path.chain is not None or self.grid is not None:
-                h = self._couple(path, h, chunk, inverse=True)
-            else:
-                for coupling in reversed(self._couplings()):
-                    coupling.inverse_(h, chunk)
-            rows.copy_(h)
+            rows.copy_(self._draw(len(rows), start, seed, _repeat(c, n, start, start + len(rows))))
         return out.view(*batch, *self.event_shape)
+
+    def _draw(self, n: int, row_offset: int, seed: int, context: Tensor | None) -> Tensor:
+        """Rows ``row_offset`` to ``row_offset + n`` of a sample."""
+        log_scale = self.scaling.log_scale
+        rows = torch.empty(n, self.features, dtype=self.dtype, device=log_scale.device)
+        path = choose_path(self, rows, context)
+        if path.whole is not None:
+            return path.whole.sample(n, row_offset, seed, context, log_scale)
+        h = self._noise(n, seed, row_offset)
+        if path.chain is not None or self.grid is not None:
+            return self._couple(path, h, context, inverse=True)
+        for coupling in reversed(self._couplings()):
+            coupling.inverse_(h, context)
+        return h
 
     def sample_and_log_prob(
         self,

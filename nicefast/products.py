@@ -14,6 +14,7 @@ flow's (64 couplings with weights that double a vector's length are enough in fl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,8 +32,8 @@ ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its produc
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
 ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this;
 ONEDNN_ROWS_OF_NARROW = 1 << 12  # of narrow flows always;
-ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so in float32 where activations are kept, and back
-LARGE = 2.0**50  # sums of products of smaller numbers are finite
+ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept of few rows, and back
+LARGE = 2.0**100  # of a bound: numbers below it are finite, however the bound was rounded
 ROWS_PER_WIDTH = 16
 TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
 FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
@@ -180,7 +181,7 @@ class Products:
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
-        self._small: dict[int, bool] = {}  # by weight
+        self._norms: dict[int, tuple[float, float]] = {}  # by weight
         with torch.no_grad():
             if chain.bfloat16:
                 self.layers = tuple(
@@ -237,26 +238,31 @@ class Products:
 
     def _hidden(self, index: int, x1: Tensor, c: Tensor | None, kept: Kept | None) -> Tensor:
         """The last hidden layer of coupling ``index``."""
-        h, plus = self._operand(x1), None
+        h, plus, layers = self._operand(x1), None, self.layers[index][:-1]
         if c is not None:
-            bias = self.layers[index][0][1]
+            bias = layers[0][1]
             plus = torch.addmm(bias, c, self.context_weights[index].t())
-        for weight, bias in self.layers[index][:-1]:
-            if kept is None:
-                h = self._activated(weight, bias, h, plus)
-            else:
-                h = self._kept(weight, bias, h, plus, kept)
-            plus = None
-        if kept is not None:
+        if kept is None:
+            for weight, bias in layers:
+                h, plus = self._activated(weight, bias, h, plus), None
+            return h
+        bounded = self.relu and any(self._fuses(weight, h) for weight, _ in layers)
+        size = _size(x1) if bounded and plus is None else math.inf
+        for weight, bias in layers:
+            size = self._bound(weight, bias, size) if bounded and plus is None else math.inf
             kept.operands.append(h)
+            h = self._kept(weight, bias, h, plus, kept, size < LARGE)
+            if bounded and not size < LARGE:
+                size = _size(h)
+            plus = None
+        kept.operands.append(h)
         return h
 
     def _fuses(self, weight: Tensor, h: Tensor) -> bool:
         """Whether oneDNN takes this product, with what follows it."""
         rows = h.shape[0]  # len of a tensor is slow
         if self.training:
-            few = rows < ONEDNN_ROWS or self.dtype == torch.float32
-            least = ONEDNN_FLOPS_OF_TRAINING if few else ONEDNN_FLOPS
+            least = ONEDNN_FLOPS if rows >= ONEDNN_ROWS else ONEDNN_FLOPS_OF_TRAINING
         elif self.narrow and rows < ONEDNN_ROWS_OF_NARROW:
             return False
         else:
@@ -291,21 +297,25 @@ class Products:
         return self.activation.apply_(self._linear(weight, bias, h, plus))
 
     def _kept(
-        self, weight: Tensor, bias: Tensor, h: Tensor, plus: Tensor | None, own: Kept
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        h: Tensor,
+        plus: Tensor | None,
+        own: Kept,
+        finite: bool,
     ) -> Tensor:
-        """As :meth:`_activated`, with what the gradient needs."""
-        first = not own.operands
-        own.operands.append(h)
+        """As :meth:`_activated`, with what the gradient needs; ``finite``: ``h W^T + b`` is."""
         if self.activation.from_input:
             own.inputs.append(self._linear(weight, bias, h, plus))
             return self.activation.apply_(own.inputs[-1].clone())
         if not self.relu:
             return self._activated(weight, bias, h, plus)
-        fuses = self._fuses(weight, h)
-        if plus is None and fuses and self._stays_finite(weight, bias, h, first):
-            return linear_pointwise(h, weight, bias, "relu", [], "")
         # a gradient through almost nothing is almost nothing, its square in an optimizer a denormal
         # number, and arithmetic with such takes several times as long: here, relu's zero is zero
+        fuses = plus is None and self._fuses(weight, h)
+        if fuses and finite:  # oneDNN's relu makes 0 of NaN
+            return linear_pointwise(h, weight, bias, "relu", [], "")
         if plus is None and not fuses:
             out = torch._addmm_activation(bias, h, weight.t())
         else:
@@ -314,11 +324,12 @@ class Products:
             out.view(torch.int16).bitwise_and_(0x7FFF)  # NaN without a sign, see relu's gradient
         return out
 
-    def _stays_finite(self, weight: Tensor, bias: Tensor, h: Tensor, signed: bool) -> bool:
-        """Whether ``h W^T + b`` can't be NaN, of which oneDNN's relu makes 0."""
-        if id(weight) not in self._small:
-            self._small[id(weight)] = _is_small(weight) and _is_small(bias)
-        return self._small[id(weight)] and _is_small(h, signed)
+    def _bound(self, weight: Tensor, bias: Tensor, size: float) -> float:
+        """Of the numbers in ``h W^T + b``, where those of ``h`` are at most ``size``."""
+        if id(weight) not in self._norms:
+            self._norms[id(weight)] = float(weight.abs().sum(1).amax()), _size(bias)
+        norm, most = self._norms[id(weight)]
+        return size * norm + most
 
     def back(
         self,
@@ -447,13 +458,9 @@ def merge(sums: list[list[Sum]], others: list[list[Sum]]) -> None:
             mine.merge(yours)
 
 
-def _is_small(x: Tensor, signed: bool = True) -> bool:
-    """Whether every number is below LARGE in size, and none of them NaN."""
-    if x.dtype != torch.bfloat16:
-        return bool((x.abs() if signed else x).amax() < LARGE)
-    # bfloat16 without signs has the order of its bits, whose largest is found ten times as fast
-    bits, large = x.view(torch.int16), torch.tensor(LARGE, dtype=x.dtype).view(torch.int16)
-    return bool((bits & 0x7FFF if signed else bits).amax() < large)
+def _size(x: Tensor) -> float:
+    """Of the largest number, NaN if there is any."""
+    return float(x.abs().amax()) if x.numel() else 0.0
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -12,9 +12,14 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, assert_three_way
-from nicefast import narrow, onepiece, products
+from nicefast import handful, narrow, onepiece, products
 from nicefast.blocks import Blocks, _openmp
 from nicefast.reference import ACTIVATIONS
+
+
+@pytest.fixture(autouse=True)
+def no_batch_is_a_handful(monkeypatch):
+    monkeypatch.setattr(handful, "MOST", -1)
 
 
 @pytest.fixture(params=["one block", "many blocks"])
