@@ -11,13 +11,17 @@ column of its weights: a layer is one product. Of the batch only x is read from 
 result written; in between, the same buffers serve block after block.
 
 The gradient rebuilds activations a block at a time, from the chain's input (see
-:mod:`nicefast.products`): what is stored does not grow with the number of couplings.
+:mod:`nicefast.products`): what is stored does not grow with the number of couplings. In training
+there is no need to: where the last log_prob of a flow was followed by its gradient, the same for
+every row, as that of a mean is, the next one takes each block forwards and back at once, and its
+gradient, when it comes, is a factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -31,6 +35,19 @@ from .sideways import Block, Columns
 
 BLOCK_ELEMENTS = 1 << 18  # of one activation: a few of them stay in a core's own cache
 LEAST_FLOPS = 1 << 28  # below this, a batch is not worth the hand-over to threads
+
+
+# whose last log_prob was followed by a gradient, the same for every row
+_learning: WeakSet[Chain] = WeakSet()
+
+
+@dataclass
+class Left:
+    """What :meth:`NarrowFlow.log_prob` leaves for its gradient besides h: the layers, and the
+    gradients of its sum over rows, where they are known already; the last is log_scale's."""
+
+    layers: Columns
+    of_sum: tuple[Gradients, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +81,17 @@ class NarrowFlow:
 
     def log_prob(
         self, x: Tensor, context: Tensor | None, log_scale: Tensor
-    ) -> tuple[Tensor, Tensor, Columns]:
-        """log_prob of rows x (N, D), to the last bit :meth:`forward`'s; h (N, D), the rows after
-        the couplings; and the layers, as its gradient takes them."""
+    ) -> tuple[Tensor, Tensor, Left]:
+        """log_prob of rows x (N, D); h (N, D), the rows after the couplings; and what else its
+        gradient takes."""
         log_prob, h = x.new_empty(len(x)), x.new_empty(x.shape)
-        return log_prob, h, self._forward(x, context, log_scale, h, None, log_prob)
+        if self.chain in _learning:
+            _learning.discard(self.chain)  # until its gradient is asked for again
+            left = self._forward_and_back(x, context, log_scale, h, log_prob)
+        else:
+            cut = self._cut(len(x), training=True)  # as its gradient will be
+            left = Left(self._forward(x, context, log_scale, h, None, log_prob, cut))
+        return log_prob, h, left
 
     def _forward(
         self,
@@ -78,10 +101,11 @@ class NarrowFlow:
         h: Tensor | None,
         z: Tensor | None,
         log_prob: Tensor | None,
+        cut: Blocks | None = None,
     ) -> Columns:
         """Rows x into those of h, z and log_prob that are given."""
         check_log_scale(log_scale)
-        scales, cut = self._scales(log_scale), self._cut(len(x))
+        scales, cut = self._scales(log_scale), cut or self._cut(len(x))
         layers = Columns(self.chain, inverse=False)
 
         def work(share: Iterable[int]) -> None:
@@ -109,28 +133,82 @@ class NarrowFlow:
         context: Tensor | None,
         log_scale: Tensor,
         h: Tensor,
-        layers: Columns,
+        left: Left,
         wants_x: bool = True,
         wants_context: bool = True,
     ) -> tuple[Gradients, Tensor]:
-        """Gradients of :meth:`log_prob` from that of its result; the last is log_scale's."""
-        scales = self._scales(log_scale)
+        """Gradients of :meth:`log_prob` from that of its result; the last is log_scale's.
 
-        def start(block: Block, rows: slice) -> list[Tensor]:
-            block.take(h[rows])
-            g, found = grad[rows], []
-            for side, scale in zip(block.features, scales, strict=True):
-                z = side * scale
-                score = likelihood.score(z, self.prior).mul_(g)
-                torch.mul(score, scale, out=side)
-                found.append(z.mul_(score).sum(1).add_(g.sum()))
-            return found
+        Those of a sum, times a factor, where it is the same for every row: to the last bit the
+        same, whether they were known already or not.
+        """
+        scales, factor = self._scales(log_scale), None
+        if len(grad) and bool((grad == grad[0]).all()):
+            _learning.add(self.chain)
+            factor, grad = grad[0], torch.ones_like(grad)
 
-        gradients, found = self._backward(x, context, False, start, wants_x, wants_context, layers)
-        total = torch.zeros_like(log_scale)
-        for f, own in zip(self.chain.sides, found, strict=bool(found)):  # none without rows
+        def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+            back.take(h[rows])
+            return self._scored(back, back.features, scales, grad[rows])
+
+        if factor is not None and left.of_sum is not None:
+            gradients, total = left.of_sum
+        else:
+            gradients, found = self._backward(
+                x, context, False, start, wants_x, wants_context, left.layers
+            )
+            total = self._of_log_scale(found)
+        if factor is None:
+            return gradients, total
+        return Gradients(
+            None if gradients.x is None else gradients.x * factor,
+            None if gradients.context is None else gradients.context * factor,
+            [g * factor for g in gradients.parameters],
+        ), total * factor
+
+    def _forward_and_back(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        h: Tensor,
+        log_prob: Tensor,
+    ) -> Left:
+        """Rows x into those of h and log_prob, and the gradients of log_prob's sum."""
+        check_log_scale(log_scale)
+        scales, layers = self._scales(log_scale), Columns(self.chain, inverse=False)
+
+        def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+            block.put(h[rows])
+            self._density(log_scale, scales, block.rows)(block, log_prob[rows])
+            return self._scored(back, block.features, scales, log_prob.new_ones(block.rows))
+
+        wants_context = context is not None and context.requires_grad
+        gradients, found = self._backward(
+            x, context, False, start, x.requires_grad, wants_context, layers, to_the_end=True
+        )
+        return Left(layers, (gradients, self._of_log_scale(found)))
+
+    def _scored(
+        self, back: Block, h: Iterable[Tensor], scales: list[Tensor], grad: Tensor
+    ) -> list[Tensor]:
+        """The gradient of h's two sides from that of log_prob, into ``back``'s (which may be h);
+        log_scale's is returned."""
+        found = []
+        for into, side, scale in zip(back.features, h, scales, strict=True):
+            z = side * scale
+            score = likelihood.score(z, self.prior).mul_(grad)
+            torch.mul(score, scale, out=into)
+            found.append(z.mul_(score).sum(1).add_(grad.sum()))
+        return found
+
+    def _of_log_scale(self, found: list[Tensor]) -> Tensor:
+        """Its gradient, from the two sides' (none without rows)."""
+        sides = self.chain.sides
+        total = torch.zeros(sum(f.size for f in sides), device="cpu", dtype=torch.float32)
+        for f, own in zip(sides, found, strict=bool(found)):
             total[columns_of(f.indices, f.start, f.step, f.size)] = own
-        return gradients, total
+        return total
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
         """x of rows z (N, D)."""
@@ -169,8 +247,8 @@ class NarrowFlow:
     ) -> Gradients:
         """Gradients of :meth:`couple` from that of its result, at ``x``."""
 
-        def start(block: Block, rows: slice) -> list[Tensor]:
-            block.take(grad_y[rows])
+        def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+            back.take(grad_y[rows])
             return []
 
         return self._backward(x, context, inverse, start, wants_x, wants_context)[0]
@@ -180,13 +258,15 @@ class NarrowFlow:
         x: Tensor,
         context: Tensor | None,
         inverse: bool,
-        start: Callable[[Block, slice], list[Tensor]],
+        start: Callable[[Block, Block, slice], list[Tensor]],
         wants_x: bool,
         wants_context: bool,
         layers: Columns | None = None,
+        to_the_end: bool = False,
     ) -> tuple[Gradients, list[Tensor]]:
-        """Back through the couplings from what ``start`` makes of a block, the gradient of its rows
-        after them; and the sums over blocks of what it returns.
+        """Back through the couplings from what ``start(back, block, rows)`` writes to ``back``, the
+        gradient of the rows after them (``to_the_end``: ``block`` are those); and the sums over
+        blocks of what it returns.
 
         All sums are over the blocks of a thread, then over threads, in a fixed order: the same bits
         every time.
@@ -206,8 +286,8 @@ class NarrowFlow:
             for rows, grad in self._blocks(cut, share):
                 _, block = next(blocks)
                 block.take(x[rows], None if context is None else context[rows])
-                layers.run(block, to_the_end=False)
-                more = start(grad, rows)
+                layers.run(block, to_the_end)
+                more = start(grad, block, rows)
                 found = [a.add_(b) for a, b in zip(found, more, strict=True)] if found else more
                 grad.context.zero_()
                 for index in reversed(steps):

@@ -118,6 +118,82 @@ def test_threads_may_come_between_a_batch_and_its_gradient(monkeypatch, few):
             assert torch.allclose(g, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Narrow rows on their side, several blocks in several threads."""
+    monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
+    monkeypatch.setattr(narrow, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(narrow, "BLOCK_ELEMENTS", 1 << 10)
+
+
+def is_at_once(value):
+    """Whether log_prob has gone back already: whether its gradient is known."""
+    return value.grad_fn.next_functions[0][0].left.of_sum is not None
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_training_goes_forwards_and_back_at_once(in_blocks, options):
+    """From the second step on; with the same bits, and only where the gradient allows it."""
+    model = make(6, hidden=(32, 24), **options)
+    x = torch.randn(301, 6, requires_grad=True)
+    c = torch.randn(301, 3, requires_grad=True) if model.context else None
+    wanted = [x, *([] if c is None else [c]), *model.parameters()]
+    seen = []
+    for at_once in (False, True, True):
+        value = model.log_prob(x, c)
+        assert is_at_once(value) == at_once
+        seen.append((value.detach(), *torch.autograd.grad(value.mean(), wanted)))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+    with nf.set_backend("reference"):
+        plain = torch.autograd.grad(model.log_prob(x, c).mean(), wanted)
+    for g, p in zip(seen[0][1:], plain, strict=True):
+        assert torch.allclose(g, p, rtol=1e-3, atol=1e-5)
+
+    value, cotangent = model.log_prob(x, c), torch.randn(301)
+    assert is_at_once(value)  # in vain: every row has another gradient
+    got = torch.autograd.grad(value, wanted, cotangent, retain_graph=True)
+    assert not is_at_once(model.log_prob(x, c))
+    with nf.set_backend("reference"):
+        plain = torch.autograd.grad(model.log_prob(x, c), wanted, cotangent)
+    for g, p in zip(got, plain, strict=True):
+        assert torch.allclose(g, p, rtol=1e-3, atol=1e-4)
+    twice = [torch.autograd.grad(value.sum(), wanted, retain_graph=True) for _ in range(2)]
+    assert all(map(torch.equal, *twice))
+
+
+def test_values_that_nobody_learns_from_do_not_go_back(in_blocks):
+    model, x = make(6), torch.randn(100, 6)
+    model.log_prob(x).sum().backward()
+    assert is_at_once(model.log_prob(x))
+    assert not is_at_once(model.log_prob(x))
+    with torch.no_grad():
+        assert model.log_prob(x).grad_fn is None
+
+
+def test_at_once_or_not_a_parameter_must_not_change_before_its_gradient(in_blocks):
+    model, x = make(6), torch.randn(100, 6)
+    for at_once in (False, True):
+        value = model.log_prob(x)
+        assert is_at_once(value) == at_once
+        with torch.no_grad():
+            weight = model.couplings[0].conditioner.linears[0].weight.add_(0.1)
+        with pytest.raises(RuntimeError, match="modified"):
+            value.sum().backward()
+        model.log_prob(x).sum().backward()
+        assert weight.grad is not None
+
+
+def test_second_derivatives_when_training_goes_at_once(in_blocks):
+    model, x = make(4, hidden=(8,), activation="tanh"), torch.randn(30, 4)
+    model.log_prob(x).sum().backward()
+    test_second_derivatives_of_log_scale()
+    value = model.log_prob(x)
+    assert is_at_once(value)
+    wanted = list(model.couplings.parameters())
+    got = torch.autograd.grad(value.sum(), wanted, create_graph=True)
+    assert all(g.requires_grad for g in got)
+
+
 def test_second_derivatives_of_log_scale():
     model, x = make(4, hidden=(8,), activation="tanh"), torch.randn(3, 4)
     log_scale = model.scaling.log_scale
