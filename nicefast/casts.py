@@ -58,7 +58,7 @@ def with_casts(chain: Chain) -> Chain:
     """The chain with its parameters in bfloat16 where autocast is to cast them once for many calls,
     as it does with those that get gradients; the chain itself where it is not."""
     if not torch.is_autocast_enabled("cpu"):
-        if _block.mark is not None:
+        if _block.mark is not None and not _within_a_block():
             _block.enter(None)
         return chain
     if not (
@@ -71,6 +71,12 @@ def with_casts(chain: Chain) -> Chain:
     with torch.no_grad():
         _block.enter(_cast_of(_block.own))
         return chain if _block.mark is None else _block.cast(chain)
+
+
+def _within_a_block() -> bool:
+    """Whether there is an autocast block, maybe one around one that switches autocast off."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting() > 0
 
 
 def _cast_of(weight: Tensor) -> Tensor | None:

@@ -28,6 +28,8 @@ _ACTIVATIONS: dict[str, Callable[[Array], object]] = {  # in place
     "relu": lambda h: np.maximum(h, 0, out=h),
     "leaky_relu": lambda h: np.maximum(h, 0.01 * h, out=h),
     "tanh": lambda h: np.tanh(h, out=h),
+    "silu": lambda h: np.divide(h, 1 + np.exp(-h), out=h),
+    "elu": lambda h: np.copyto(h, np.expm1(h), where=h < 0),
 }
 
 

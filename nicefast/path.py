@@ -3,9 +3,10 @@
     whole flow       one kernel launch from x to log_prob (nicefast.kernels.flow): where kernels
                      run, for narrow MLPs
     products         the couplings as nothing but matrix products (nicefast.products): on the CPU
-                     small batches, and those whose activations are kept, in one piece
-                     (nicefast.onepiece), others in blocks of rows that stay in the cache, those of
-                     narrow flows on their side (nicefast.narrow)
+                     a handful of rows by NumPy (nicefast.handful), small batches, and those whose
+                     activations are kept, in one piece (nicefast.onepiece), others in blocks of
+                     rows that stay in the cache, those of narrow flows on their side
+                     (nicefast.narrow)
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
 
 A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user
@@ -88,6 +89,7 @@ class Path(NamedTuple):
         )
         assert recorded.chain is not None  # gradients change how, not whether
         kept = "rebuilds" if recorded.chain.rebuild else "keeps"
+        at_once = ", or goes with the forward pass" if isinstance(recorded.fused, NarrowFlow) else ""
         return "\n".join(
             (
                 f"{self.name}: {self.reason}",
@@ -100,7 +102,7 @@ class Path(NamedTuple):
                 f"{measured.flops / 1e9:.3g} GFLOP/s and {measured.bytes / 1e9:.3g} GB/s, measured",
                 f"at least, by published rates of {kind} products: {elsewhere}",
                 f"with gradients: {recorded.pieces(rows, device)}; the backward pass {kept} "
-                f"activations ({chain.hidden} hidden units at most)",
+                f"activations ({chain.hidden} hidden units at most){at_once}",
             )
         )
 

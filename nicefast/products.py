@@ -14,7 +14,6 @@ flow's (64 couplings with weights that double a vector's length are enough in fl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -247,14 +246,16 @@ class Products:
                 h, plus = self._activated(weight, bias, h, plus), None
             return h
         bounded = self.relu and any(self._fuses(weight, h) for weight, _ in layers)
-        size = _size(x1) if bounded and plus is None else math.inf
+        size = _size(x1) if bounded and plus is None else None  # of the numbers in h, if known
         for weight, bias in layers:
-            size = self._bound(weight, bias, size) if bounded and plus is None else math.inf
+            finite = False
+            if bounded and plus is None:
+                size = self._bound(weight, bias, _size(h) if size is None else size)
+                finite = size < LARGE
             kept.operands.append(h)
-            h = self._kept(weight, bias, h, plus, kept, size < LARGE)
-            if bounded and not size < LARGE:
-                size = _size(h)
-            plus = None
+            h, plus = self._kept(weight, bias, h, plus, kept, finite), None
+            if not finite:
+                size = None
         kept.operands.append(h)
         return h
 
@@ -459,8 +460,13 @@ def merge(sums: list[list[Sum]], others: list[list[Sum]]) -> None:
 
 
 def _size(x: Tensor) -> float:
-    """Of the largest number, NaN if there is any."""
-    return float(x.abs().amax()) if x.numel() else 0.0
+    """Of the largest number; NaN if there is any."""
+    if not x.numel():
+        return 0.0
+    if x.dtype != torch.bfloat16:
+        return float(x.abs().amax())
+    # bfloat16 without signs has the order of its bits, whose largest is found ten times as fast
+    return float((x.view(torch.int16) & 0x7FFF).amax().view(torch.bfloat16))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

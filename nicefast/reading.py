@@ -95,7 +95,8 @@ def read(couplings: nn.ModuleList, device: torch.device, bfloat16: bool) -> Chai
         if isinstance(found, str):
             return found
         reading = _Reading(couplings, found)
-        if torch._C._len_torch_dispatch_stack() == 0:  # otherwise maps may be a mode's own
+        # not what a mode has made, nor what would keep a graph alive
+        if torch._C._len_torch_dispatch_stack() == 0 and all(p.is_leaf for p in found.parameters):
             _readings[couplings] = reading
     return reading.in_bfloat16 if bfloat16 else reading.chain
 

@@ -124,6 +124,21 @@ def test_a_change_within_the_block_counts_at_once(change, calls):
         assert torch.equal(log_prob, expected)
 
 
+def test_a_block_without_autocast_inside_leaves_what_was_cast():
+    model = make()
+    with torch.no_grad(), autocast():
+        model.log_prob(X)
+        chain = nf.choose_path(model, X).chain
+        before = casts.with_casts(chain)
+        with torch.autocast("cpu", enabled=False):
+            model.log_prob(X)
+        after = casts.with_casts(chain)
+        assert after.couplings[0][0][0] is before.couplings[0][0][0]
+    with torch.no_grad():
+        model.log_prob(X)
+    assert not len(casts._block.casts)  # outside nothing stays
+
+
 def test_blocks_follow_each_other():
     model = make()
     for _ in range(5):

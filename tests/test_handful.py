@@ -16,6 +16,8 @@ OPTIONS = [
     {"context": 3},
     {"activation": "tanh", "prior": "normal"},
     {"activation": "leaky_relu", "partition": "random"},
+    {"activation": "silu"},
+    {"activation": "elu"},
     {"partition": "half", "couplings": 6, "hidden": (64, 64, 64)},
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from helpers import make
+from helpers import Operators, make
 from nicefast.reading import read
 
 CPU = torch.device("cpu")
@@ -150,8 +150,22 @@ def test_a_flow_is_forgotten_with_its_parameters():
     assert not any(ref() is not None for ref in gone)
 
 
+def test_parameters_put_in_for_one_call_are_forgotten():
+    """torch.func.functional_call with parameters that are results keeps no graph alive."""
+    model, x = make(), torch.randn(3, 6)
+    factor = torch.ones((), requires_grad=True)
+    before = model.log_prob(x).detach()
+    twice = {name: 2 * factor * p for name, p in model.named_parameters()}
+    got = torch.func.functional_call(model, twice, (x,))[0]
+    assert torch.autograd.grad(got.sum(), factor)[0].isfinite()
+    gone = [weakref.ref(p) for p in twice.values()]
+    del twice, got
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)
+    assert torch.equal(model.log_prob(x), before)
+
+
 def test_what_is_read_within_a_mode_is_not_kept():
-    from helpers import Operators
 
     model = make(partition="random")
     with Operators():
