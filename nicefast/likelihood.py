@@ -33,10 +33,15 @@ def scale_log_prob(
 ) -> tuple[Tensor, Tensor]:
     """``(z (N, D), log_prob (N,))`` of ``h`` (N, D), in nats; z is empty unless asked for."""
     n, d = h.shape
-    z = h.new_empty((n, d) if return_z else (0,))
     log_prob = h.new_empty(n)
     scale = log_scale.exp()
     rest = constant(log_scale, prior)
+    if n * d <= BLOCK_ELEMENTS:  # few: as few calls
+        z = torch.mul(h, scale)
+        first = torch.empty_like(z) if return_z else z
+        sum_log_prior(z, prior, 1, log_prob, first, torch.empty_like(z))
+        return z if return_z else h.new_empty(0), log_prob.add_(rest)
+    z = h.new_empty((n, d) if return_z else (0,))
     cut = _blocks(h)
 
     def work(share: Iterable[int]) -> None:

@@ -89,7 +89,9 @@ class Path(NamedTuple):
         )
         assert recorded.chain is not None  # gradients change how, not whether
         kept = "rebuilds" if recorded.chain.rebuild else "keeps"
-        at_once = ", or goes with the forward pass" if isinstance(recorded.fused, NarrowFlow) else ""
+        at_once = (
+            ", or goes with the forward pass" if isinstance(recorded.fused, NarrowFlow) else ""
+        )
         return "\n".join(
             (
                 f"{self.name}: {self.reason}",
