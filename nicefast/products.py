@@ -263,7 +263,8 @@ class Products:
         """Whether oneDNN takes this product, with what follows it."""
         rows = h.shape[0]  # len of a tensor is slow
         if self.training:
-            least = ONEDNN_FLOPS if rows >= ONEDNN_ROWS else ONEDNN_FLOPS_OF_TRAINING
+            few = ONEDNN_ROWS if self.dtype == torch.float32 else ONEDNN_ROWS // 2
+            least = ONEDNN_FLOPS if rows >= few else ONEDNN_FLOPS_OF_TRAINING
         elif self.narrow and rows < ONEDNN_ROWS_OF_NARROW:
             return False
         else:
@@ -326,9 +327,11 @@ class Products:
         return out
 
     def _bound(self, weight: Tensor, bias: Tensor, size: float) -> float:
-        """Of the numbers in ``h W^T + b``, where those of ``h`` are at most ``size``."""
+        """Of the numbers in ``h W^T + b``, where those of ``h`` are at most ``size``: by Cauchy and
+        Schwarz, a row of W by all of W, whose norm is quick to compute."""
         if id(weight) not in self._norms:
-            self._norms[id(weight)] = float(weight.abs().sum(1).amax()), _size(bias)
+            norm = float(torch.linalg.vector_norm(weight)) * weight.shape[1] ** 0.5
+            self._norms[id(weight)] = norm, _size(bias)
         norm, most = self._norms[id(weight)]
         return size * norm + most
 
