@@ -25,7 +25,7 @@ from .layers import HOOKS, MLP, AdditiveCoupling, is_watched, plain_layers
 
 REBUILD_WIDTH = NARROW  # up to this hidden width the backward pass rebuilds activations
 
-_inside = itemgetter("_modules", "_parameters")  # of any module's dictionary,
+_inside = itemgetter("_modules", "_parameters", *HOOKS)  # of any module's dictionary,
 _of_coupling = itemgetter("partition", "grid")  # of a coupling's,
 _of_mlp = itemgetter("activation", "context", "training", "dropout")  # and of its conditioner's
 _of_tensor = attrgetter("dtype", "device", "shape")
@@ -43,7 +43,6 @@ class _Reading:
         self._modules = [*own, *mlps, *lists, *concatenated.from_iterable(lists)]
         self._couplings, self._mlps = list(map(vars, own)), list(map(vars, mlps))
         self._inside = [vars(couplings), *map(vars, self._modules)]
-        self._hooks = [inside[kind] for inside in self._inside for kind in HOOKS]
         self._seen = self._look()
         self._tensors = list(map(_of_tensor, chain.parameters))
 
@@ -52,7 +51,6 @@ class _Reading:
         seen = self._look()
         return (
             self.chain.device == device
-            and not any(self._hooks)
             and len(seen) == len(self._seen)
             and all(map(is_, seen, self._seen))
             and list(map(_of_tensor, self.chain.parameters)) == self._tensors
@@ -63,7 +61,7 @@ class _Reading:
         contents = list(concatenated.from_iterable(map(_inside, self._inside)))
         return [
             *contents,
-            *concatenated.from_iterable(map(dict.values, filter(None, contents))),
+            *concatenated.from_iterable(map(dict.values, filter(None, contents))),  # no hooks: none
             *map(type, self._modules),
             *map(contains, self._inside, repeat("forward")),
             *concatenated.from_iterable(map(_of_coupling, self._couplings)),

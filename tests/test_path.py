@@ -90,6 +90,10 @@ def _dropping(model):
     model.couplings[0].conditioner.dropout = 0.5
 
 
+def _other_hooks(model):
+    model.couplings[1].conditioner._forward_hooks = {0: lambda *_: None}
+
+
 def _another_type(model):
     model.couplings[0].__class__ = type("Other", (nf.AdditiveCoupling,), {})
 
@@ -110,6 +114,7 @@ def _another_type(model):
         (_grid, "coupling 1: a grid of its own"),
         (_dropping, "coupling 0: dropout"),
         (_another_type, "coupling 0: a Other"),
+        (_other_hooks, "coupling 1: hooks"),
     ],
 )
 @pytest.mark.parametrize("known", [False, True])
