@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .chain import Chain
-from .onepiece import OnePiece
+from .onepiece import OnePiece, empty
 from .ops import check_log_scale, columns_of
 
 Array = Any  # of NumPy, in float32
@@ -38,25 +37,43 @@ class _Arrays:
 
     def __init__(self, chain: Chain) -> None:
         self._places = _places(chain)
+        # detached: an array that held a parameter with hooks would hide it from the collector
         self.couplings = [
-            [(w.detach().numpy().T, b.detach().numpy()) for w, b in layers]
+            [(_array(w.detach()).T, _array(b.detach())) for w, b in layers]
             for layers in chain.couplings
         ]
         columns = (columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides)
         self.columns = [c if isinstance(c, slice) else c.numpy() for c in columns]
 
     def are_of(self, chain: Chain) -> bool:
-        """Whether every parameter still lies where it lay."""
-        return _places(chain) == self._places
-
-
-_arrays: WeakKeyDictionary[Chain, _Arrays] = WeakKeyDictionary()
+        """Whether they still are views of every parameter."""
+        return _places(chain) == self._places and not any(map(Tensor.is_neg, chain.parameters))
 
 
 def _places(chain: Chain) -> list[object]:
-    """Of tensors whose shapes are known to be the same."""
+    """Where the numbers lie of tensors whose shapes are known to be the same."""
     p = chain.parameters
-    return [*map(Tensor.data_ptr, p), *map(Tensor.is_contiguous, p)]
+    return [*map(Tensor.data_ptr, p), *map(Tensor.stride, p)]
+
+
+class _Memory:
+    """What an array is made of: that of a tensor, which is held."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = x
+        self.__array_interface__ = {
+            "data": (x.data_ptr(), False),
+            "shape": x.shape,
+            "strides": tuple([4 * step for step in x.stride()]),
+            "typestr": np.dtype(np.float32).str,
+            "version": 3,
+        }
+
+
+def _array(x: Tensor) -> Array:
+    """A view of a float32 tensor (after ``x.numpy()`` its storage could never be resized); of
+    numbers that are to be taken with the opposite sign, a copy."""
+    return np.asarray(_Memory(x.resolve_neg())) if x.numel() else np.empty(x.shape, np.float32)
 
 
 @dataclass(frozen=True)
@@ -84,34 +101,40 @@ class Handful(OnePiece):
         want_z: bool = False,
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        scale, none = log_scale.detach().numpy(), np.empty(0, np.float32)
-        total = scale.sum()
-        if not math.isfinite(total):
-            check_log_scale(log_scale)
+        scale = _array(log_scale)
+        z, log_prob = empty(*x.shape), empty(x.shape[0] if want_log_prob else 0)
         with np.errstate(all="ignore"):
-            z = self._through(x.detach().numpy(), context, False)
-            z *= np.exp(scale)
-            log_prob = self._log_prior(z) + total if want_log_prob else none
-        return torch.from_numpy(z if want_z else none), torch.from_numpy(log_prob)
+            total = scale.sum()
+            if not math.isfinite(total):
+                check_log_scale(log_scale)
+            rows = self._through(_array(x), context, False, z)
+            rows *= np.exp(scale)
+            if want_log_prob:
+                np.add(self._log_prior(rows), total, out=_array(log_prob))
+        return z if want_z else empty(0), log_prob
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
         check_log_scale(log_scale)
+        x = empty(*z.shape)
         with np.errstate(all="ignore"):
-            h = z.detach().numpy() * np.exp(-log_scale.detach().numpy())
-            return torch.from_numpy(self._through(h, context, True))
+            self._through(_array(z) * np.exp(-_array(log_scale)), context, True, x)
+        return x
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        y = empty(*x.shape)
         with np.errstate(all="ignore"):
-            return torch.from_numpy(self._through(x.detach().numpy(), context, inverse))
+            self._through(_array(x), context, inverse, y)
+        return y
 
-    def _through(self, x: Array, context: Tensor | None, inverse: bool) -> Array:
-        """A new array: the rows ``x`` through all couplings, or back through them."""
+    def _through(self, x: Array, context: Tensor | None, inverse: bool, to: Tensor) -> Array:
+        """The rows ``x`` through all couplings, or back through them: to ``to``, whose array is
+        returned."""
         chain = self.chain
-        arrays = _arrays.get(chain)
+        arrays = vars(chain).get("_arrays")
         if arrays is None or not arrays.are_of(chain):
-            arrays = _arrays[chain] = _Arrays(chain)
+            arrays = vars(chain)["_arrays"] = _Arrays(chain)
         activate = _ACTIVATIONS[chain.activation]
-        c = None if context is None else context.detach().float().numpy()
+        c = None if context is None else _array(context.float())
         pair = [x[:, columns].copy() for columns in arrays.columns]
         for index in chain.steps(inverse):
             side, (*layers, last) = chain.conditions[index], arrays.couplings[index]
@@ -127,10 +150,10 @@ class Handful(OnePiece):
                 other -= shift
             else:
                 other += shift
-        y = np.empty(x.shape, np.float32)
+        out = _array(to)
         for columns, half in zip(arrays.columns, pair, strict=True):
-            y[:, columns] = half
-        return y
+            out[:, columns] = half
+        return out
 
     def _log_prior(self, z: Array) -> Array:
         """See :func:`nicefast.likelihood.sum_log_prior`; constants and all. ``z`` is kept."""

@@ -37,7 +37,7 @@ def scale_log_prob(
     scale = log_scale.exp()
     rest = constant(log_scale, prior)
     if n * d <= BLOCK_ELEMENTS:  # few: as few calls
-        z = torch.mul(h, scale)
+        z = torch.mul(h, scale, out=torch.empty((n, d), dtype=h.dtype, device=h.device))
         first = torch.empty_like(z) if return_z else z
         sum_log_prior(z, prior, 1, log_prob, first, torch.empty_like(z))
         return z if return_z else h.new_empty(0), log_prob.add_(rest)

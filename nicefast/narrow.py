@@ -12,16 +12,17 @@ result written; in between, the same buffers serve block after block.
 
 The gradient rebuilds activations a block at a time, from the chain's input (see
 :mod:`nicefast.products`): what is stored does not grow with the number of couplings. In training
-there is no need to: where the last log_prob of a flow was followed by its gradient, the same for
-every row, as that of a mean is, the next one takes each block forwards and back at once, and its
-gradient, when it comes, is a factor.
+there is no need to: where the last two log_probs of a flow were each followed by a gradient that is
+the same for every row, as that of a mean is, the next one takes each block forwards and back at
+once, and its gradient, when it comes, is a factor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ BLOCK_ELEMENTS = 1 << 18  # of one activation: a few of them stay in a core's ow
 LEAST_FLOPS = 1 << 28  # below this, a batch is not worth the hand-over to threads
 
 
-# whose last log_prob was followed by a gradient, the same for every row
-_learning: WeakSet[Chain] = WeakSet()
+# how many log_probs in a row were followed by a gradient, the same for every row; less than 0 until
+# that of the last one comes
+_learnt: WeakKeyDictionary[Chain, int] = WeakKeyDictionary()
+ENOUGH = 2
 
 
 @dataclass
@@ -85,8 +88,9 @@ class NarrowFlow:
         """log_prob of rows x (N, D); h (N, D), the rows after the couplings; and what else its
         gradient takes."""
         log_prob, h = x.new_empty(len(x)), x.new_empty(x.shape)
-        if self.chain in _learning:
-            _learning.discard(self.chain)  # until its gradient is asked for again
+        learnt = max(0, _learnt.get(self.chain, 0))
+        _learnt[self.chain] = -1 - learnt
+        if learnt >= ENOUGH:
             left = self._forward_and_back(x, context, log_scale, h, log_prob)
         else:
             cut = self._cut(len(x), training=True)  # as its gradient will be
@@ -142,29 +146,42 @@ class NarrowFlow:
         Those of a sum, times a factor, where it is the same for every row: to the last bit the
         same, whether they were known already or not.
         """
-        scales, factor = self._scales(log_scale), None
-        if len(grad) and bool((grad == grad[0]).all()):
-            _learning.add(self.chain)
-            factor, grad = grad[0], torch.ones_like(grad)
+        if len(grad) and grad[0] != 0 and bool((grad == grad[0]).all()):
+            _learnt[self.chain] = min(ENOUGH, abs(_learnt.get(self.chain, -1)))
+            gradients, total = left.of_sum or self._back(
+                torch.ones_like(grad), x, context, log_scale, h, left, wants_x, wants_context
+            )
+            factor, parameters = grad[0], gradients.parameters
+            if all(math.isfinite(t.sum().item()) for t in (total, *parameters)):  # no overflow
+                return Gradients(
+                    None if gradients.x is None or not wants_x else gradients.x * factor,
+                    None if gradients.context is None else gradients.context * factor,
+                    [g * factor for g in parameters],
+                ), total * factor
+        return self._back(grad, x, context, log_scale, h, left, wants_x, wants_context)
+
+    def _back(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        h: Tensor,
+        left: Left,
+        wants_x: bool,
+        wants_context: bool,
+    ) -> tuple[Gradients, Tensor]:
+        """From h back to x, activations rebuilt."""
+        scales = self._scales(log_scale)
 
         def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
             back.take(h[rows])
             return self._scored(back, back.features, scales, grad[rows])
 
-        if factor is not None and left.of_sum is not None:
-            gradients, total = left.of_sum
-        else:
-            gradients, found = self._backward(
-                x, context, False, start, wants_x, wants_context, left.layers
-            )
-            total = self._of_log_scale(found)
-        if factor is None:
-            return gradients, total
-        return Gradients(
-            None if gradients.x is None else gradients.x * factor,
-            None if gradients.context is None else gradients.context * factor,
-            [g * factor for g in gradients.parameters],
-        ), total * factor
+        gradients, found = self._backward(
+            x, context, False, start, wants_x, wants_context, left.layers
+        )
+        return gradients, self._of_log_scale(found)
 
     def _forward_and_back(
         self,

@@ -74,7 +74,7 @@ class OnePiece:
             h = self.couple(x, context, inverse=False)
             with alone(x.device):
                 return torch.ops.nicefast.scale_log_prob(h, log_scale, self.prior, False)
-        chain, none = with_casts(self.chain), torch.empty(0)
+        chain, none = with_casts(self.chain), empty(0)
         with alone(x.device):
             z = self._latent(x, context, log_scale, Products(chain, x.device, False), None)
             log_prob = self._density(z, log_scale) if want_log_prob else none
@@ -145,7 +145,7 @@ class OnePiece:
         return torch.cat(pair, 1).mul_(self._in_sides(log_scale.exp()))
 
     def _density(self, z: Tensor, log_scale: Tensor) -> Tensor:
-        out = z.new_empty(z.shape[0])
+        out = empty(z.shape[0])
         likelihood.sum_log_prior(z, self.prior, 1, out, torch.empty_like(z), torch.empty_like(z))
         return out.add_(likelihood.constant(log_scale, self.prior))
 
@@ -171,6 +171,10 @@ class OnePiece:
     def _joined(self, pair: list[Tensor]) -> Tensor:
         if self._side_by_side:
             return torch.cat(pair, 1)
-        out = torch.empty(len(pair[0]), sum(f.size for f in self.chain.sides))
+        out = empty(len(pair[0]), sum(f.size for f in self.chain.sides))
         put_together(out, pair, self.chain.sides)
         return out
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -34,6 +34,8 @@ from .roofline import DEVICES, ceilings, layers_work
 from .whole import WholeFlow
 
 SERVED = ("cpu", "cuda")
+# of make_fx(pre_dispatch=True), say; not in every build
+_modes_before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", int)
 LAYERS = "layer by layer"
 EXACT = "exact"
 KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
@@ -162,7 +164,7 @@ def is_recorded(flow: Flow, chain: Chain, x: Tensor, context: Tensor | None) -> 
 
 def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     """The kernel for the whole flow, or why there is none."""
-    reason = _why_scaling_is_apart(flow.scaling)
+    reason = _why_scaling_is_apart(flow.scaling, x.shape[1])
     if reason is not None:
         return reason
     hidden = [tuple(b.shape[0] for _, b in layers[:-1]) for layers in chain.couplings]
@@ -193,7 +195,7 @@ def _on_cpu(
     chain: Chain, flow: Flow, x: Tensor, context: Tensor | None
 ) -> NarrowFlow | OnePiece | None:
     """The whole flow in one pass, where a CPU is fastest so."""
-    if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling) is not None:
+    if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None:
         return None
     rows, recorded = x.shape[0], is_recorded(flow, chain, x, context)
     if Handful.serves(chain, rows, recorded):
@@ -205,12 +207,13 @@ def _on_cpu(
     return NarrowFlow(chain, flow.prior_name)
 
 
-def _why_scaling_is_apart(scaling: nn.Module) -> str | None:
+def _why_scaling_is_apart(scaling: nn.Module, features: int) -> str | None:
     """Why nothing but a call of the module itself can be trusted to scale."""
     if type(scaling) is not Scaling or is_watched(scaling):
         return "the scaling is a module of its own, or has hooks"
-    if scaling.log_scale.dtype != torch.float32:
-        return f"log_scale is {scaling.log_scale.dtype}"
+    log_scale = scaling.log_scale
+    if log_scale.dtype != torch.float32 or log_scale.shape != (features,):
+        return f"log_scale is {log_scale.dtype} of shape {tuple(log_scale.shape)}"
     return None
 
 
@@ -226,8 +229,8 @@ def _why_exact(flow: Flow, grid: float) -> str:
 def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile sees every operation"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit traces every operation"
+    if torch._C._get_tracing_state() is not None or _modes_before_dispatch():
+        return "a trace of every operation"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms every operation"
     if torch.autograd.forward_ad._current_level >= 0:

@@ -180,7 +180,7 @@ class Products:
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
-        self._norms: dict[int, tuple[float, float]] = {}  # by weight
+        self._sizes: dict[int, float] = {}  # of parameters, see _bound
         with torch.no_grad():
             if chain.bfloat16:
                 self.layers = tuple(
@@ -329,11 +329,10 @@ class Products:
     def _bound(self, weight: Tensor, bias: Tensor, size: float) -> float:
         """Of the numbers in ``h W^T + b``, where those of ``h`` are at most ``size``: by Cauchy and
         Schwarz, a row of W by all of W, whose norm is quick to compute."""
-        if id(weight) not in self._norms:
-            norm = float(torch.linalg.vector_norm(weight)) * weight.shape[1] ** 0.5
-            self._norms[id(weight)] = norm, _size(bias)
-        norm, most = self._norms[id(weight)]
-        return size * norm + most
+        for t, bound in ((weight, _norm), (bias, _size)):
+            if id(t) not in self._sizes:
+                self._sizes[id(t)] = bound(t)
+        return size * self._sizes[id(weight)] * weight.shape[1] ** 0.5 + self._sizes[id(bias)]
 
     def back(
         self,
@@ -460,6 +459,11 @@ def merge(sums: list[list[Sum]], others: list[list[Sum]]) -> None:
     for own, theirs in zip(sums, others, strict=True):
         for mine, yours in zip(own, theirs, strict=True):
             mine.merge(yours)
+
+
+def _norm(weight: Tensor) -> float:
+    """At least that of the whole weight: squares of small numbers may have vanished."""
+    return float(torch.linalg.vector_norm(weight)) + 1e-15
 
 
 def _size(x: Tensor) -> float:

@@ -14,8 +14,7 @@ from dataclasses import replace
 from itertools import chain as concatenated
 from itertools import repeat
 from operator import attrgetter, contains, is_, itemgetter
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from typing import cast
 
 import torch
 from torch import nn
@@ -29,11 +28,12 @@ _inside = itemgetter("_modules", "_parameters", *HOOKS)  # of any module's dicti
 _of_coupling = itemgetter("partition", "grid")  # of a coupling's,
 _of_mlp = itemgetter("activation", "context", "training", "dropout")  # and of its conditioner's
 _of_tensor = attrgetter("dtype", "device", "shape")
+_PLACE = "_nicefast_reading"  # in the dictionary of a list of couplings
 
 
 class _Reading:
-    """What was read, and from what. The list of couplings is not held: it would never be
-    forgotten. Every call asks :meth:`is_current`: its loops are in C."""
+    """What was read, and from what. It lies with the list of couplings, which it does not hold, and
+    no copy of the list has it. Every call asks :meth:`is_of`: its loops are in C."""
 
     def __init__(self, couplings: nn.ModuleList, chain: Chain) -> None:
         self.chain, self.in_bfloat16 = chain, replace(chain, bfloat16=True)
@@ -41,35 +41,38 @@ class _Reading:
         mlps = [_mlp(coupling) for coupling in own]
         lists = [mlp.linears for mlp in mlps]
         self._modules = [*own, *mlps, *lists, *concatenated.from_iterable(lists)]
-        self._couplings, self._mlps = list(map(vars, own)), list(map(vars, mlps))
-        self._inside = [vars(couplings), *map(vars, self._modules)]
-        self._seen = self._look()
+        self._insides, self._settings = self._look(couplings)
         self._tensors = list(map(_of_tensor, chain.parameters))
 
-    def is_current(self, device: torch.device) -> bool:
+    def is_of(self, couplings: nn.ModuleList, device: torch.device) -> bool:
         """Whether to read again would find the same."""
-        seen = self._look()
+        insides, settings = self._look(couplings)
         return (
             self.chain.device == device
-            and len(seen) == len(self._seen)
-            and all(map(is_, seen, self._seen))
+            and len(insides) == len(self._insides)
+            and all(map(is_, insides, self._insides))  # tensors have an == of their own
+            and settings == self._settings
             and list(map(_of_tensor, self.chain.parameters)) == self._tensors
         )
 
-    def _look(self) -> list[Any]:
-        """What is compared by identity."""
-        contents = list(concatenated.from_iterable(map(_inside, self._inside)))
-        return [
-            *contents,
-            *concatenated.from_iterable(map(dict.values, filter(None, contents))),  # no hooks: none
+    def _look(self, couplings: nn.ModuleList) -> tuple[list[object], list[object]]:
+        """What modules have in them: modules, parameters, hooks; and what else counts."""
+        count, own = len(self.chain.couplings), list(map(vars, self._modules))
+        own.append(vars(couplings))
+        insides = filter(None, concatenated.from_iterable(map(_inside, own)))
+        return list(concatenated.from_iterable(map(dict.values, insides))), [
             *map(type, self._modules),
-            *map(contains, self._inside, repeat("forward")),
-            *concatenated.from_iterable(map(_of_coupling, self._couplings)),
-            *concatenated.from_iterable(map(_of_mlp, self._mlps)),
+            *map(type, self.chain.parameters),
+            *map(contains, own, repeat("forward")),
+            *map(_of_coupling, own[:count]),
+            *map(_of_mlp, own[count : 2 * count]),
         ]
 
+    def __deepcopy__(self, memo: object) -> None:
+        return None
 
-_readings: WeakKeyDictionary[nn.ModuleList, _Reading] = WeakKeyDictionary()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def read(couplings: nn.ModuleList, device: torch.device, bfloat16: bool) -> Chain | str:
@@ -87,32 +90,40 @@ def read(couplings: nn.ModuleList, device: torch.device, bfloat16: bool) -> Chai
     """
     if nn.modules.module._has_any_global_hook():
         return "global module hooks"
-    reading = _readings.get(couplings)
-    if reading is None or not reading.is_current(device):
+    keeps = type(couplings) is nn.ModuleList
+    reading = vars(couplings).get(_PLACE) if keeps else None
+    if reading is None or not reading.is_of(couplings, device):
+        if reading is not None:
+            del vars(couplings)[_PLACE]
         found = _read(list(couplings), device)
         if isinstance(found, str):
             return found
-        reading = _Reading(couplings, found)
-        # not what a mode has made, nor what would keep a graph alive
-        if torch._C._len_torch_dispatch_stack() == 0 and all(p.is_leaf for p in found.parameters):
-            _readings[couplings] = reading
+        if not (keeps and _is_lasting(found)):
+            return replace(found, bfloat16=bfloat16)
+        reading = vars(couplings)[_PLACE] = _Reading(couplings, found)
     return reading.in_bfloat16 if bfloat16 else reading.chain
 
 
+def _is_lasting(chain: Chain) -> bool:
+    """Whether this is more than what was put in for one call, or what a mode has made."""
+    own = all(type(p) is nn.Parameter and p.is_leaf for p in chain.parameters)
+    return own and torch._C._len_torch_dispatch_stack() == 0
+
+
 def _read(couplings: Sequence[nn.Module], device: torch.device) -> Chain | str:
-    read = []
+    inside = []
     for i, coupling in enumerate(couplings):
         layers = _layers(coupling)
         if isinstance(layers, str):
             return f"coupling {i}: {layers}"
-        read.append(layers)
+        inside.append(layers)
     known = cast("Sequence[AdditiveCoupling]", couplings)
     first = known[0].partition
     other = ~first
     sides = (first.locate(device, True), first.locate(device, False))
     mlp = _mlp(known[0])
     conditions, float32 = [], torch.float32
-    for i, (coupling, layers) in enumerate(zip(known, read, strict=True)):
+    for i, (coupling, layers) in enumerate(zip(known, inside, strict=True)):
         own, partition = _mlp(coupling), coupling.partition
         if partition is first or (partition is not other and partition == first):
             side = 0
@@ -134,9 +145,9 @@ def _read(couplings: Sequence[nn.Module], device: torch.device) -> Chain | str:
         if width != goal:
             return f"coupling {i}: {width} outputs for {goal} shifted features"
         conditions.append(side)
-    hidden = max([bias.shape[0] for layers in read for _, bias in layers[:-1]])
+    hidden = max([bias.shape[0] for layers in inside for _, bias in layers[:-1]])
     return Chain(
-        couplings=tuple(read),
+        couplings=tuple(inside),
         conditions=tuple(conditions),
         sides=sides,
         activation=mlp.activation,

@@ -173,3 +173,14 @@ X, S2, LS = torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4)
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize("rows", [40, 50_000])
+def test_z_lies_in_rows_whatever_h_does(rows):
+    h, log_scale = torch.randn(6, rows).t(), torch.randn(6)
+    z, _ = torch.ops.nicefast.scale_log_prob(h, log_scale, "logistic", True)
+    assert z.is_contiguous()
+    torch.library.opcheck(
+        torch.ops.nicefast.scale_log_prob.default, (h, log_scale, "logistic", True)
+    )
+    assert torch.allclose(z, h * log_scale.exp())

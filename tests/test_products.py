@@ -189,6 +189,55 @@ def test_nan_is_never_lost_on_the_way_to_a_gradient(monkeypatch, activations, le
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_nan_in_a_later_bias_is_never_lost(tied):
+    model, x = nf.NICE(6, hidden=(64, 64, 64), couplings=2), torch.randn(4096, 6)
+    linears = model.couplings[0].conditioner.linears
+    if tied:
+        linears[2].weight = linears[1].weight
+    with torch.no_grad():
+        linears[2].bias.fill_(torch.nan)
+    assert model.log_prob(x).isnan().all()
+
+
+def test_a_bound_does_not_vanish():
+    """Weights whose squares are 0, and what they are multiplied with."""
+    model = nf.NICE(64, hidden=(64,) * 4, couplings=2)
+    x = torch.full((4096, 64), 3e37)
+    with torch.no_grad():
+        first, *others, _ = model.couplings[0].conditioner.linears
+        for linear in (first, *others):
+            linear.bias.zero_()
+        first.weight.fill_(1e-24)
+        for linear in others[:2]:
+            linear.weight.copy_(1e17 * torch.randn(64, 64).sign())
+    got = model.log_prob(x)
+    with nf.set_backend("reference"):
+        assert torch.equal(got.isnan(), model.log_prob(x).isnan())
+
+
+@pytest.mark.parametrize("partition", ["half", "alternating", "random"])
+def test_the_default_dtype_is_no_matter(partition):
+    model = make(partition=partition)
+    for rows in (4, 2000):
+        x = torch.randn(rows, 7)
+        want = [
+            *model(x)[:1],
+            *torch.autograd.grad(model.log_prob(x).sum(), [model.scaling.log_scale]),
+        ]
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = [
+                *model(x)[:1],
+                *torch.autograd.grad(model.log_prob(x).sum(), [model.scaling.log_scale]),
+            ]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for g, w in zip(got, want, strict=True):
+            assert g.dtype == torch.float32
+            assert torch.allclose(g, w)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_too_large_for_relu_in_the_product(monkeypatch, dtype):
     """Then its zeros are PyTorch's, and so is the rest."""

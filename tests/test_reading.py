@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, make
+from nicefast.chain import Chain
 from nicefast.reading import read
 
 CPU = torch.device("cpu")
@@ -99,6 +101,17 @@ def _wider(model):  # the same modules and parameters
     second.weight.data = torch.randn(8, 20)
 
 
+def _other_insides(model):
+    own, other = model.couplings[1].conditioner.linears[1], torch.nn.Linear(16, 8)
+    own.__dict__ = dict(other.__dict__)
+
+
+def _other_settings(model):
+    for coupling in model.couplings:
+        mlp = coupling.conditioner
+        mlp.__dict__ = {**mlp.__dict__, "activation": "tanh"}
+
+
 def _exchanged(model):
     mlp = model.couplings[1].conditioner
     mlp.linears[1].weight, other = _new(mlp.linears[1].weight), mlp.linears[1].weight
@@ -122,6 +135,8 @@ def _exchanged(model):
         _turned_round,
         _other_activations,
         _wider,
+        _other_insides,
+        _other_settings,
         _exchanged,
     ],
 )
@@ -150,19 +165,75 @@ def test_a_flow_is_forgotten_with_its_parameters():
     assert not any(ref() is not None for ref in gone)
 
 
-def test_parameters_put_in_for_one_call_are_forgotten():
-    """torch.func.functional_call with parameters that are results keeps no graph alive."""
-    model, x = make(), torch.randn(3, 6)
-    factor = torch.ones((), requires_grad=True)
-    before = model.log_prob(x).detach()
-    twice = {name: 2 * factor * p for name, p in model.named_parameters()}
-    got = torch.func.functional_call(model, twice, (x,))[0]
-    assert torch.autograd.grad(got.sum(), factor)[0].isfinite()
-    gone = [weakref.ref(p) for p in twice.values()]
-    del twice, got
+class Watched(nf.NICE):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for p in self.parameters():
+            p.register_hook(self.clip)
+
+    def clip(self, g):
+        return g.clamp(-1, 1)
+
+
+def test_a_flow_that_its_own_insides_refer_to_is_forgotten():
+    x, gone = torch.randn(3, 6), []
+    for k in range(3):
+        model = Watched(6, hidden=(8,)) if k == 0 else make()
+        with torch.no_grad():
+            model.log_prob(x)
+        if k == 1:
+            model.couplings[0].register_forward_hook(lambda *_, own=model: None)
+        elif k == 2:
+            object.__setattr__(model.couplings[0].conditioner, "owner", model)
+        model.log_prob(x).sum().backward()
+        gone.append(weakref.ref(model))
+    del model
     gc.collect()
     assert not any(ref() is not None for ref in gone)
-    assert torch.equal(model.log_prob(x), before)
+
+
+def test_copies_have_nothing_of_it():
+    model, x = make(), torch.randn(3, 6)
+    want = model.log_prob(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.log_prob(x), want)
+        chain = read(twin.couplings, CPU, False)
+        assert chain.parameters[0] is next(twin.couplings.parameters())
+    assert model.couplings.state_dict().keys() == copy.deepcopy(model.couplings).state_dict().keys()
+
+
+def test_couplings_in_a_list_of_another_kind():
+    model, x = make(), torch.randn(3, 6)
+    want, own = model.log_prob(x), tuple(model.couplings)
+    del model.couplings
+    model.couplings = own
+    assert torch.allclose(model.log_prob(x), want)
+
+
+def test_a_parameter_of_another_type_is_seen():
+    class Mine(torch.nn.Parameter):
+        pass
+
+    model = make()
+    assert isinstance(read(model.couplings, CPU, False), Chain)
+    model.couplings[0].conditioner.linears[0].weight.__class__ = Mine
+    assert "no plain nn.Linear" in read(model.couplings, CPU, False)
+
+
+def test_parameters_put_in_for_one_call_are_forgotten():
+    """torch.func.functional_call keeps neither parameters nor the graph they come from alive."""
+    model, x = make(), torch.randn(3, 6)
+    before = model.log_prob(x).detach()
+    for factor in (torch.ones((), requires_grad=True), torch.ones(())):
+        twice = {name: 2 * factor * p.detach() for name, p in model.named_parameters()}
+        got = torch.func.functional_call(model, twice, (x,))[0]
+        if factor.requires_grad:
+            assert torch.autograd.grad(got.sum(), factor)[0].isfinite()
+        gone = [weakref.ref(p) for p in twice.values()]
+        del twice, got
+        gc.collect()
+        assert not any(ref() is not None for ref in gone)
+        assert torch.equal(model.log_prob(x), before)
 
 
 def test_what_is_read_within_a_mode_is_not_kept():
