@@ -33,7 +33,7 @@ _PLACE = "_nicefast_reading"  # in the dictionary of a list of couplings
 
 class _Reading:
     """What was read, and from what. It lies with the list of couplings, which it does not hold, and
-    no copy of the list has it. Every call asks :meth:`is_of`: its loops are in C."""
+    no deep copy of the list has it. Every call asks :meth:`is_of`: its loops are in C."""
 
     def __init__(self, couplings: nn.ModuleList, chain: Chain) -> None:
         self.chain, self.in_bfloat16 = chain, replace(chain, bfloat16=True)
