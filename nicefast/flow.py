@@ -17,7 +17,7 @@ from .distributions import FlowDistribution, FlowTransform
 from .graphs import METHODS, GraphedFlow
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition, partition_chain
-from .path import Path, choose_path, is_recorded
+from .path import Path, choose_path
 from .reference import at_least_float32, check_prior
 
 
@@ -177,7 +177,7 @@ class NICE(nn.Module):
         """Data to latent: ``(z, log_det)``."""
         h, c = self.rows("x", x, context)
         path = choose_path(self, h, c)
-        if path.fused is not None and not is_recorded(self, path.fused.chain, h, c):
+        if path.fused is not None and not path.recorded:
             z, _ = path.fused.forward(h, c, self.scaling.log_scale, want_z=True)
         else:
             z = self._couple(path, h, c)
@@ -188,7 +188,7 @@ class NICE(nn.Module):
         """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
         h, c = self.rows("z", z, context)
         path = choose_path(self, h, c)
-        if path.fused is not None and not is_recorded(self, path.fused.chain, h, c):
+        if path.fused is not None and not path.recorded:
             h = path.fused.inverse(h, c, self.scaling.log_scale)
         else:
             h = h if self.grid is not None else self.scaling.inverse(h)[0]
@@ -199,7 +199,7 @@ class NICE(nn.Module):
         """Exact log-density of each x, in nats; float32 or wider."""
         h, c = self.rows("x", x, context)
         path, log_scale = choose_path(self, h, c), self.scaling.log_scale
-        if path.fused is not None and not is_recorded(self, path.fused.chain, h, c):
+        if path.fused is not None and not path.recorded:
             _, log_prob = path.fused.forward(h, c, log_scale, want_log_prob=True)
         elif path.differentiable is not None:
             log_prob = F.flow_log_prob(path.differentiable, h, c, log_scale)

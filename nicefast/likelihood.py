@@ -33,15 +33,14 @@ def scale_log_prob(
 ) -> tuple[Tensor, Tensor]:
     """``(z (N, D), log_prob (N,))`` of ``h`` (N, D), in nats; z is empty unless asked for."""
     n, d = h.shape
-    log_prob = h.new_empty(n)
     scale = log_scale.exp()
-    rest = constant(log_scale, prior)
-    if n * d <= BLOCK_ELEMENTS:  # few: as few calls
+    if n * d <= BLOCK_ELEMENTS:
         z = torch.mul(h, scale, out=torch.empty((n, d), dtype=h.dtype, device=h.device))
-        first = torch.empty_like(z) if return_z else z
-        sum_log_prior(z, prior, 1, log_prob, first, torch.empty_like(z))
-        return z if return_z else h.new_empty(0), log_prob.add_(rest)
+        log_prob = of_few(z, log_scale, prior, keeps_z=return_z)
+        return z if return_z else h.new_empty(0), log_prob
     z = h.new_empty((n, d) if return_z else (0,))
+    log_prob = h.new_empty(n)
+    rest = constant(log_scale, prior)
     cut = _blocks(h)
 
     def work(share: Iterable[int]) -> None:
@@ -55,6 +54,14 @@ def scale_log_prob(
 
     cut.hand_out(work)
     return z, log_prob
+
+
+def of_few(z: Tensor, log_scale: Tensor, prior: str, keeps_z: bool = True) -> Tensor:
+    """log_prob (N,) of rows that are scaled already, z (N, D), in nats, with as few calls as can
+    be; ``z`` is written over unless it is to be kept."""
+    out = torch.empty(z.shape[0], dtype=z.dtype, device=z.device)
+    sum_log_prior(z, prior, 1, out, torch.empty_like(z) if keeps_z else z, torch.empty_like(z))
+    return out.add_(constant(log_scale, prior))
 
 
 def constant(log_scale: Tensor, prior: str) -> Tensor:

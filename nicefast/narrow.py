@@ -146,11 +146,21 @@ class NarrowFlow:
         Those of a sum, times a factor, where it is the same for every row: to the last bit the
         same, whether they were known already or not.
         """
+        scales = self._scales(log_scale)
+
+        def back_from(grad: Tensor) -> tuple[Gradients, Tensor]:
+            def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+                back.take(h[rows])
+                return self._scored(back, back.features, scales, grad[rows])
+
+            gradients, found = self._backward(
+                x, context, False, start, wants_x, wants_context, left.layers
+            )
+            return gradients, self._of_log_scale(found)
+
         if len(grad) and grad[0] != 0 and bool((grad == grad[0]).all()):
             _learnt[self.chain] = min(ENOUGH, abs(_learnt.get(self.chain, -1)))
-            gradients, total = left.of_sum or self._back(
-                torch.ones_like(grad), x, context, log_scale, h, left, wants_x, wants_context
-            )
+            gradients, total = left.of_sum or back_from(torch.ones_like(grad))
             factor, parameters = grad[0], gradients.parameters
             if all(math.isfinite(t.sum().item()) for t in (total, *parameters)):  # no overflow
                 return Gradients(
@@ -158,30 +168,7 @@ class NarrowFlow:
                     None if gradients.context is None else gradients.context * factor,
                     [g * factor for g in parameters],
                 ), total * factor
-        return self._back(grad, x, context, log_scale, h, left, wants_x, wants_context)
-
-    def _back(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        context: Tensor | None,
-        log_scale: Tensor,
-        h: Tensor,
-        left: Left,
-        wants_x: bool,
-        wants_context: bool,
-    ) -> tuple[Gradients, Tensor]:
-        """From h back to x, activations rebuilt."""
-        scales = self._scales(log_scale)
-
-        def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
-            back.take(h[rows])
-            return self._scored(back, back.features, scales, grad[rows])
-
-        gradients, found = self._backward(
-            x, context, False, start, wants_x, wants_context, left.layers
-        )
-        return gradients, self._of_log_scale(found)
+        return back_from(grad)
 
     def _forward_and_back(
         self,

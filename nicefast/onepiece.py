@@ -77,7 +77,9 @@ class OnePiece:
         chain, none = with_casts(self.chain), empty(0)
         with alone(x.device):
             z = self._latent(x, context, log_scale, Products(chain, x.device, False), None)
-            log_prob = self._density(z, log_scale) if want_log_prob else none
+            log_prob = none
+            if want_log_prob:
+                log_prob = likelihood.of_few(z, log_scale, self.prior)
             return self._in_rows(z) if want_z else none, log_prob
 
     def log_prob(
@@ -88,7 +90,7 @@ class OnePiece:
         with alone(x.device):
             left = Left(Products(self.chain, x.device, False, training=True), [])
             z = self._latent(x, context, log_scale, left.products, left.kept)
-            return self._density(z, log_scale), z, left
+            return likelihood.of_few(z, log_scale, self.prior), z, left
 
     def log_prob_backward(
         self,
@@ -144,11 +146,6 @@ class OnePiece:
         products.run(pair, context, kept)
         return torch.cat(pair, 1).mul_(self._in_sides(log_scale.exp()))
 
-    def _density(self, z: Tensor, log_scale: Tensor) -> Tensor:
-        out = empty(z.shape[0])
-        likelihood.sum_log_prior(z, self.prior, 1, out, torch.empty_like(z), torch.empty_like(z))
-        return out.add_(likelihood.constant(log_scale, self.prior))
-
     @property
     def _side_by_side(self) -> bool:
         """Whether the features of one side come after all those of the other."""
@@ -177,4 +174,5 @@ class OnePiece:
 
 
 def empty(*shape: int) -> Tensor:
+    """For what is computed here, whatever the default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -43,12 +43,14 @@ KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 
 class Path(NamedTuple):
     """The way a call takes: ``chain`` where the couplings go through products, as they do in the
-    gradient of a whole flow; ``fused`` is what takes rows all the way from x to log_prob."""
+    gradient of a whole flow; ``fused`` is what takes rows all the way from x to log_prob;
+    ``recorded``: autograd records what happens to them (nobody asks where there is no chain)."""
 
     name: str
     reason: str
     chain: Chain | None = None
     fused: WholeFlow | NarrowFlow | OnePiece | None = None
+    recorded: bool = False
 
     @property
     def whole(self) -> WholeFlow | None:
@@ -146,20 +148,16 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     if (context is None) != (chain.context == 0):
         return Path(LAYERS, "the context is missing or unexpected")
     reason = "every coupling is an MLP's, on one partition"
+    recorded = F.records(x, context, flow.scaling.log_scale, *chain.parameters)
     if not backend.uses_kernels(x.device):
-        fused = _on_cpu(chain, flow, x, context)
-        return Path("products", reason, chain if fused is None else fused.chain, fused)
+        fused = _on_cpu(chain, flow, x, recorded)
+        return Path("products", reason, chain if fused is None else fused.chain, fused, recorded)
     whole = _whole(chain, flow, x)
     if isinstance(whole, WholeFlow):
-        return Path("whole flow", f"{reason}, and narrow", whole.chain, whole)
+        return Path("whole flow", f"{reason}, and narrow", whole.chain, whole, recorded)
     if backend.interprets(x.device):  # kernels were asked for, and products use none
         return Path(LAYERS, f"no whole-flow kernel: {whole}")
-    return Path("products", f"{reason}; no whole-flow kernel: {whole}", chain)
-
-
-def is_recorded(flow: Flow, chain: Chain, x: Tensor, context: Tensor | None) -> bool:
-    """Whether autograd records what happens to these rows."""
-    return F.records(x, context, flow.scaling.log_scale, *chain.parameters)
+    return Path("products", f"{reason}; no whole-flow kernel: {whole}", chain, None, recorded)
 
 
 def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
@@ -191,13 +189,11 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     return WholeFlow(rebuilt, shape, tile, x.device)
 
 
-def _on_cpu(
-    chain: Chain, flow: Flow, x: Tensor, context: Tensor | None
-) -> NarrowFlow | OnePiece | None:
+def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow | OnePiece | None:
     """The whole flow in one pass, where a CPU is fastest so."""
     if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None:
         return None
-    rows, recorded = x.shape[0], is_recorded(flow, chain, x, context)
+    rows = x.shape[0]
     if Handful.serves(chain, rows, recorded):
         return Handful(chain, flow.prior_name)
     if OnePiece.serves(chain, rows, recorded):
