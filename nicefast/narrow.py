@@ -158,7 +158,7 @@ class NarrowFlow:
             )
             return gradients, self._of_log_scale(found)
 
-        if len(grad) and grad[0] != 0 and bool((grad == grad[0]).all()):
+        if len(grad) and bool((grad == grad[0]).all()):
             _learnt[self.chain] = min(ENOUGH, abs(_learnt.get(self.chain, -1)))
             gradients, total = left.of_sum or back_from(torch.ones_like(grad))
             factor, parameters = grad[0], gradients.parameters
