@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from . import backend, exact, priors, reversible
 from . import functional as F  # noqa: N812
+from .checks import check_count
 from .distributions import FlowDistribution, FlowTransform
 from .graphs import METHODS, GraphedFlow
 from .layers import MLP, AdditiveCoupling, Scaling
@@ -253,10 +254,10 @@ class NICE(nn.Module):
         The seed is drawn from ``generator`` (by default torch's own); the same seed draws the same
         noise whatever ``batch_size``, the number of rows computed at a time, is.
         """
-        _check_count("n", n, 0)
+        check_count("n", n, 0)
         batch, c = self._sample_context(n, context)
         total = math.prod(batch)
-        _check_count("batch_size", 1 if batch_size is None else batch_size, 1)
+        check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         step = batch_size or max(total, 1)
         seed = F.draw_seed(generator)
         if step >= total:
@@ -276,8 +277,8 @@ class NICE(nn.Module):
         log_scale = self.scaling.log_scale
         rows = torch.empty(n, self.features, dtype=self.dtype, device=log_scale.device)
         path = choose_path(self, rows, context)
-        if path.whole is not None:
-            return path.whole.sample(n, row_offset, seed, context, log_scale)
+        if path.sampler is not None:
+            return path.sampler.sample(n, row_offset, seed, context, log_scale)
         h = self._noise(n, seed, row_offset)
         if path.chain is not None or self.grid is not None:
             return self._couple(path, h, context, inverse=True)
@@ -292,7 +293,7 @@ class NICE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(x, log_prob)`` of ``n`` draws in one pass, with gradients; shapes as for sample."""
-        _check_count("n", n, 0)
+        check_count("n", n, 0)
         batch, c = self._sample_context(n, context)
         h = self._noise(math.prod(batch), F.draw_seed(generator), 0)
         log_prob = F.scale_log_prob(h, self.scaling.log_scale, self.prior_name)
@@ -324,7 +325,7 @@ class NICE(nn.Module):
         >>> torch.allclose(score(x), flow.log_prob(x))
         True
         """
-        _check_count("batch", batch, 1)
+        check_count("batch", batch, 1)
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         return GraphedFlow(self, batch, method)
@@ -362,7 +363,7 @@ class NICE(nn.Module):
         >>> print(nf.NICE(4, hidden=(8,)).explain().splitlines()[0])
         products: every coupling is an MLP's, on one partition
         """
-        _check_count("rows", rows, 1)
+        check_count("rows", rows, 1)
         log_scale = self.scaling.log_scale
         device = log_scale.device
         like = torch.empty(1, self.features, dtype=self.dtype, device=device).expand(rows, -1)
@@ -487,11 +488,6 @@ def _repeat(context: Tensor | None, n: int, start: int, stop: int) -> Tensor | N
     if context is None:
         return None
     return context[torch.arange(start, stop, device=context.device) // max(n, 1)]
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def _hidden(

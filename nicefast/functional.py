@@ -7,30 +7,29 @@ and hands over to the operation. What they compute is defined, name for name, in
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import autograd, products, reference
 from .chain import Chain
+from .checks import (
+    Split,
+    check_count,
+    check_coupling,
+    check_density,
+    check_features,
+    check_levels,
+    check_rows,
+    check_seed,
+    check_tensor,
+)
 from .narrow import NarrowFlow
 from .onepiece import OnePiece
-from .ops import Features, check_log_scale
+from .ops import check_log_scale
 from .reference import check_prior
 from .whole import WholeFlow
-
-LEVELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-LARGEST = 2.0**100  # of a range's ends: their difference is far from overflow
-
-
-class Split(Protocol):
-    """What an operation asks of a :class:`nicefast.Partition`, which lives one floor up."""
-
-    @property
-    def features(self) -> int: ...
-
-    def locate(self, device: torch.device, conditioning: bool = False) -> Features: ...
 
 
 def additive_coupling(
@@ -64,7 +63,7 @@ def additive_coupling(
     >>> nf.functional.additive_coupling(torch.zeros(1, 4), torch.tensor([[1.0, 2.0]]), p)
     tensor([[0., 1., 0., 2.]])
     """
-    x, shift = _check_coupling(x, shift, partition, bias)
+    x, shift = check_coupling(x, shift, partition, bias)
     dtype = x.dtype
     for t in (shift,) if bias is None else (shift, bias):
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
@@ -94,7 +93,7 @@ def additive_coupling_(
     tensor([0., 1.])
     """
     given = x
-    x, shift = _check_coupling(x, shift, partition, bias)
+    x, shift = check_coupling(x, shift, partition, bias)
     tensors = [t for t in (x, shift, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError(
@@ -136,7 +135,7 @@ def split_features(x: Tensor, partition: Split) -> tuple[Tensor, Tensor]:
     >>> nf.functional.split_features(torch.arange(4.0), nf.Partition.alternating(4))[1]
     tensor([0., 2.])
     """
-    _check_features("x", x, partition)
+    check_features("x", x, partition)
     f = partition.locate(x.device, conditioning=True)
     same, x1 = autograd.SplitFeatures.apply(_rows(x), f.slots, f.indices, f.start, f.step, f.size)
     if x.ndim != 2:
@@ -189,7 +188,7 @@ def scale_log_prob(
     >>> nf.functional.scale_log_prob(torch.zeros(3, 2), torch.zeros(2), prior="normal")
     tensor([-1.8379, -1.8379, -1.8379])
     """
-    _check_density(h, log_scale, prior)
+    check_density(h, log_scale, prior)
     # z is never narrower than what it is made of, and float64 is computed from float64
     if return_z or log_scale.dtype == torch.float64:
         h = h.to(torch.promote_types(h.dtype, log_scale.dtype))
@@ -227,7 +226,7 @@ def cell_log_prob(h: Tensor, log_scale: Tensor, grid: float, prior: str = "logis
     >>> nf.functional.cell_log_prob(h, torch.zeros(1), 1.0).exp().sum()
     tensor(1.)
     """
-    _check_density(h, log_scale, prior)
+    check_density(h, log_scale, prior)
     if not 0 < grid < float("inf"):
         raise ValueError(f"grid must be positive and finite, got {grid!r}")
     check_log_scale(log_scale)
@@ -267,18 +266,18 @@ def sample_prior(
     >>> nf.functional.sample_prior(torch.zeros(4), 10, seed=0).shape
     torch.Size([10, 4])
     """
-    _check_tensor("log_scale", log_scale)
+    check_tensor("log_scale", log_scale)
     check_prior(prior)
     if log_scale.ndim != 1 or log_scale.shape[0] < 1:
         raise ValueError(f"log_scale must have shape (D,), got {tuple(log_scale.shape)}")
-    _check_count("n", n)
-    _check_count("row_offset", row_offset)
+    check_count("n", n)
+    check_count("row_offset", row_offset)
     dtype = dtype or log_scale.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     if seed is None:
         seed = draw_seed(generator)
-    _check_seed(seed)
+    check_seed(seed)
     arguments = log_scale.contiguous(), n, row_offset, seed, prior, dtype
     if _is_plain_call(log_scale):
         return torch.ops.nicefast.sample_prior(*arguments)
@@ -328,26 +327,10 @@ def dequantise(
     >>> (256 * nf.functional.dequantise(levels, 256, seed=1)).floor()
     tensor([[  0., 255.,   7.]])
     """
-    if not isinstance(levels, Tensor):
-        raise TypeError(f"levels must be a torch.Tensor, got {type(levels).__name__}")
-    if levels.dtype not in LEVELS:
-        raise TypeError(f"levels must be uint8, int16, int32 or int64, got {levels.dtype}")
-    if levels.ndim < 2 or levels.shape[1:].numel() < 1:
-        raise ValueError(
-            f"levels must have shape (N, ...) with at least one feature, got {tuple(levels.shape)}"
-        )
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= 1 << 16):
-        raise ValueError(f"k must be an integer from 2 to 65536, or None, got {k!r}")
-    _check_count("row_offset", row_offset)
-    _check_seed(seed)
     low, high = float(low), float(high)
-    if k is None and (low, high) != (0.0, 1.0):
-        raise ValueError(f"low and high need k, the number of levels; got {low} and {high}")
-    size = max(abs(low), abs(high))
-    if not (size < LARGEST and high - low > max(size * 2.0**-22, 1 / LARGEST)):
-        raise ValueError(
-            f"low must be below high, by enough for float32 to tell, got {low} and {high}"
-        )
+    check_levels(levels, k, low, high)
+    check_count("row_offset", row_offset)
+    check_seed(seed)
     rows = levels if levels.ndim == 2 else levels.flatten(1)
     x = torch.ops.nicefast.dequantise(rows, k, row_offset, seed, low, high)
     return x.view(levels.shape)
@@ -386,7 +369,7 @@ def couple(
     >>> torch.allclose(nf.functional.couple(chain, y, inverse=True), x)
     True
     """
-    _check_rows(chain, x, context)
+    check_rows(chain, x, context)
     parameters = chain.parameters
     if records(x, context, *parameters):
         return autograd.Couple.apply(chain, flow, inverse, x, context, *parameters)
@@ -421,8 +404,8 @@ def flow_log_prob(
     >>> torch.equal(log_prob, flow.log_prob(x))
     True
     """
-    _check_rows(flow.chain, x, context)
-    _check_density(x, log_scale, flow.prior)
+    check_rows(flow.chain, x, context)
+    check_density(x, log_scale, flow.prior)
     parameters = flow.chain.parameters
     if records(x, context, log_scale, *parameters):
         return autograd.FlowLogProb.apply(flow, x, context, log_scale, *parameters)
@@ -456,108 +439,6 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     return int(torch.randint(high, (), generator=generator, device=device))
 
 
-def _check_rows(chain: Chain, x: Tensor, context: Tensor | None) -> None:
-    _check_tensor("x", x)
-    if x.dtype != torch.float32:
-        raise TypeError(f"x must be float32, got {x.dtype}")
-    features = sum(f.size for f in chain.sides)
-    if x.ndim != 2 or x.shape[1] != features:
-        raise ValueError(f"x must have shape (N, {features}), got {tuple(x.shape)}")
-    where = chain.parameters[0].device
-    if x.device != where:
-        raise ValueError(f"x must be on {where}, where the parameters are, got {x.device}")
-    if (context is None) != (chain.context == 0):
-        got = "none" if context is None else f"shape {tuple(context.shape)}"
-        raise ValueError(f"context must have {chain.context} features, got {got}")
-    if context is not None:
-        _check_tensor("context", context)
-        if context.shape != (len(x), chain.context):
-            raise ValueError(
-                f"context must have shape ({len(x)}, {chain.context}), got {tuple(context.shape)}"
-            )
-        _check_device("context", context, x)
-
-
-def _check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:
-    _check_tensor("h", h)
-    _check_tensor("log_scale", log_scale)
-    check_prior(prior)
-    if h.ndim < 1 or log_scale.shape != h.shape[-1:]:
-        raise ValueError(
-            f"log_scale must have shape ({h.shape[-1] if h.ndim else 'D'},), one value for each "
-            f"feature of h, got {tuple(log_scale.shape)} for an h of shape {tuple(h.shape)}"
-        )
-    if h.shape[-1] < 1:
-        raise ValueError(f"h must have at least one feature, got shape {tuple(h.shape)}")
-    _check_device("log_scale", log_scale, h)
-
-
-def _check_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < 0:
-        raise ValueError(f"{name} must be an integer >= 0, got {count!r}")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
-
-
 def _rows(x: Tensor) -> Tensor:
     """``x`` (..., D) as (N, D): a view wherever the strides allow."""
     return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _check_coupling(
-    x: Tensor, shift: Tensor, partition: Split, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    _check_features("x", x, partition)
-    _check_tensor("shift", shift)
-    count = partition.locate(x.device).size
-    expected = (*x.shape[:-1], count)
-    if shift.shape != expected:
-        if shift.ndim < 1 or shift.shape[-1] != count or shift.ndim > x.ndim:
-            raise _wrong_shift(shift, expected)
-        try:
-            shift = shift.expand(expected)
-        except RuntimeError:
-            raise _wrong_shift(shift, expected) from None
-    _check_device("shift", shift, x)
-    if bias is not None:
-        _check_tensor("bias", bias)
-        if bias.shape != (count,):
-            raise ValueError(
-                f"bias must have shape ({count},), one value for each shifted feature, "
-                f"got {tuple(bias.shape)}"
-            )
-        _check_device("bias", bias, x)
-    return x, shift
-
-
-def _wrong_shift(shift: Tensor, expected: tuple[int, ...]) -> ValueError:
-    return ValueError(
-        f"shift must have shape {tuple(expected)}, one value for each shifted feature, "
-        f"got {tuple(shift.shape)}"
-    )
-
-
-def _check_features(name: str, x: Tensor, partition: Split) -> None:
-    _check_tensor(name, x)
-    if not hasattr(partition, "locate"):
-        raise TypeError(f"partition must be a nicefast.Partition, got {type(partition).__name__}")
-    if x.ndim < 1 or x.shape[-1] != partition.features:
-        raise ValueError(
-            f"{name} must have {partition.features} features in its last dimension, as {partition} "
-            f"has, got shape {tuple(x.shape)}"
-        )
-
-
-def _check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not x.dtype.is_floating_point or x.element_size() < 2:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-
-
-def _check_device(name: str, x: Tensor, like: Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, where x is, got {x.device}")

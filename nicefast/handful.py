@@ -1,92 +1,53 @@
 """A handful of rows on the CPU: the same products by NumPy, whose calls cost a fraction.
 
 With so few rows nearly all of the time goes into calls, and those of PyTorch take several times as
-long as NumPy's. Nothing is copied: arrays are views of the parameters' memory.
+long as NumPy's; with gradients more so, since autograd adds its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import noise, reference
+from .arrays import ACTIVATIONS, MOST, Array, Arrays, array, product
 from .chain import Chain
 from .onepiece import OnePiece, empty
-from .ops import check_log_scale, columns_of
+from .ops import check_log_scale
+from .sums import Gradients
 
-Array = Any  # of NumPy, in float32
-# multiplications of one product: with more, NumPy's library may start threads, which get into the
-# way of PyTorch's
-MOST = 1 << 18
-_ACTIVATIONS: dict[str, Callable[[Array], object]] = {  # in place
-    "relu": lambda h: np.maximum(h, 0, out=h),
-    "leaky_relu": lambda h: np.maximum(h, 0.01 * h, out=h),
-    "tanh": lambda h: np.tanh(h, out=h),
-    "silu": lambda h: np.divide(h, 1 + np.exp(-h), out=h),
-    "elu": lambda h: np.copyto(h, np.expm1(h), where=h < 0),
-}
+SMALL = 1 << 16  # numbers of a weight: larger ones take their time whoever is called
+FEW = 2 * MOST  # multiplications of such a weight's product: with more, several threads gain more,
+FEW_OF_MANY_CALLS = 4 * MOST  # where PyTorch's calls cost more: with gradients, and of wide flows
+SUMMED = 64  # rows
 
 
-class _Arrays:
-    """The parameters of a chain, and the columns of its sides, as arrays."""
+class _Kept(NamedTuple):
+    """As :class:`nicefast.products.Kept`."""
 
-    def __init__(self, chain: Chain) -> None:
-        self._places = _places(chain)
-        # detached: an array that held a parameter with hooks would hide it from the collector
-        self.couplings = [
-            [(_array(w.detach()).T, _array(b.detach())) for w, b in layers]
-            for layers in chain.couplings
-        ]
-        columns = (columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides)
-        self.columns = [c if isinstance(c, slice) else c.numpy() for c in columns]
-
-    def are_of(self, chain: Chain) -> bool:
-        """Whether they still are views of every parameter."""
-        return _places(chain) == self._places and not any(map(Tensor.is_neg, chain.parameters))
-
-
-def _places(chain: Chain) -> list[object]:
-    """Where the numbers lie of tensors whose shapes are known to be the same."""
-    p = chain.parameters
-    return [*map(Tensor.data_ptr, p), *map(Tensor.stride, p)]
-
-
-class _Memory:
-    """What an array is made of: that of a tensor, which is held."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.tensor = x
-        self.__array_interface__ = {
-            "data": (x.data_ptr(), False),
-            "shape": x.shape,
-            "strides": tuple([4 * step for step in x.stride()]),
-            "typestr": np.dtype(np.float32).str,
-            "version": 3,
-        }
-
-
-def _array(x: Tensor) -> Array:
-    """A view of a float32 tensor (after ``x.numpy()`` its storage could never be resized); of
-    numbers that are to be taken with the opposite sign, a copy."""
-    return np.asarray(_Memory(x.resolve_neg())) if x.numel() else np.empty(x.shape, np.float32)
+    operands: list[Array]
+    inputs: list[Array]
 
 
 @dataclass(frozen=True)
 class Handful(OnePiece):
-    """As :class:`nicefast.onepiece.OnePiece`, whose gradients it has."""
+    """As :class:`nicefast.onepiece.OnePiece`; by NumPy, where no operator is to be seen."""
 
     @staticmethod
     def serves(chain: Chain, rows: int, recorded: bool) -> bool:
         """Whether NumPy is best for so many rows; ``recorded``: for a gradient."""
+        few = FEW if chain.narrow and not recorded else FEW_OF_MANY_CALLS
+        if chain.largest > SMALL:
+            few = 0 if recorded else MOST
         return (
-            rows * chain.largest <= MOST
-            and chain.activation in _ACTIVATIONS
-            and not (recorded or chain.bfloat16)
+            rows * chain.largest <= few
+            and chain.activation in ACTIVATIONS
+            and not chain.bfloat16
             and torch._C._len_torch_dispatch_stack() == 0  # a mode sees what PyTorch does alone
         )
 
@@ -101,59 +62,171 @@ class Handful(OnePiece):
         want_z: bool = False,
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        scale = _array(log_scale)
         z, log_prob = empty(*x.shape), empty(x.shape[0] if want_log_prob else 0)
-        with np.errstate(all="ignore"):
-            total = scale.sum()
-            if not math.isfinite(total):
-                check_log_scale(log_scale)
-            rows = self._through(_array(x), context, False, z)
-            rows *= np.exp(scale)
-            if want_log_prob:
-                np.add(self._log_prior(rows), total, out=_array(log_prob))
+        self._latent_by_numpy(x, context, log_scale, z, log_prob if want_log_prob else None)
         return z if want_z else empty(0), log_prob
+
+    def log_prob(
+        self, x: Tensor, context: Tensor | None, log_scale: Tensor
+    ) -> tuple[Tensor, Tensor, list[_Kept]]:
+        """log_prob of rows x (N, D); z (N, D); and what else its gradient takes."""
+        z, log_prob, kept = empty(*x.shape), empty(x.shape[0]), list[_Kept]()
+        self._latent_by_numpy(x, context, log_scale, z, log_prob, kept)
+        return log_prob, z, kept
+
+    def log_prob_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        z: Tensor,
+        left: Any,
+        wants_x: bool = True,
+        wants_context: bool = True,
+    ) -> tuple[Gradients, Tensor]:
+        """Gradients of :meth:`log_prob` from that of its result; the last is log_scale's."""
+        with np.errstate(all="ignore"):
+            rows, g = array(z), array(grad)
+            score = -rows if self.prior == "normal" else -np.tanh(rows * np.float32(0.5))
+            score *= g[:, None]
+            total = torch.from_numpy(rows * score).sum(0) + grad.sum()
+            score *= np.exp(array(log_scale))
+            c = None
+            if context is not None:
+                c = array(context.float()), np.zeros(context.shape, np.float32)
+            parameters = self._back(score, c, left, wants_x)
+            return Gradients(
+                torch.from_numpy(score) if wants_x else None,
+                None if c is None or not wants_context else torch.from_numpy(c[1]),
+                parameters,
+            ), total
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
         check_log_scale(log_scale)
         x = empty(*z.shape)
         with np.errstate(all="ignore"):
-            self._through(_array(z) * np.exp(-_array(log_scale)), context, True, x)
+            self._through(array(z) * np.exp(-array(log_scale)), context, True, x)
         return x
+
+    def sample(
+        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
+    ) -> Tensor:
+        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
+        check_log_scale(log_scale)
+        draw = noise.sample_prior if noise.serves(log_scale, n) else reference.sample_prior
+        h = draw(log_scale, n, seed, self.prior, row_offset)
+        return self.couple(h, context, inverse=True)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         y = empty(*x.shape)
         with np.errstate(all="ignore"):
-            self._through(_array(x), context, inverse, y)
+            self._through(array(x), context, inverse, y)
         return y
 
-    def _through(self, x: Array, context: Tensor | None, inverse: bool, to: Tensor) -> Array:
+    def _latent_by_numpy(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        z: Tensor,
+        log_prob: Tensor | None,
+        kept: list[_Kept] | None = None,
+    ) -> None:
+        """``z`` and ``log_prob`` of rows x; what a gradient takes besides, to ``kept``."""
+        scale = array(log_scale)
+        with np.errstate(all="ignore"):
+            total = scale.sum()
+            if not math.isfinite(total):
+                check_log_scale(log_scale)
+            rows = self._through(array(x), context, False, z, kept)
+            rows *= np.exp(scale)
+            if log_prob is not None:
+                np.add(self._log_prior(rows), total, out=array(log_prob))
+
+    def _through(
+        self,
+        x: Array,
+        context: Tensor | None,
+        inverse: bool,
+        to: Tensor,
+        kept: list[_Kept] | None = None,
+    ) -> Array:
         """The rows ``x`` through all couplings, or back through them: to ``to``, whose array is
-        returned."""
-        chain = self.chain
-        arrays = vars(chain).get("_arrays")
-        if arrays is None or not arrays.are_of(chain):
-            arrays = vars(chain)["_arrays"] = _Arrays(chain)
-        activate = _ACTIVATIONS[chain.activation]
-        c = None if context is None else _array(context.float())
+        returned; what their gradients need, to ``kept``."""
+        chain, arrays = self.chain, self._arrays()
+        activation = ACTIVATIONS[chain.activation]
+        c = None if context is None else array(context.float())
         pair = [x[:, columns].copy() for columns in arrays.columns]
         for index in chain.steps(inverse):
             side, (*layers, last) = chain.conditions[index], arrays.couplings[index]
-            h = pair[side] if c is None else np.concatenate((pair[side], c), 1)
+            own, h = _Kept([], []), pair[side]
+            if c is not None:
+                h = np.concatenate((h, c), 1)
+            elif kept is not None:
+                h = h.copy()  # which is shifted later
             for weight, bias in layers:
-                h = h @ weight
+                own.operands.append(h)
+                h = product(h, weight)
                 h += bias
-                activate(h)
-            shift = h @ last[0]
+                if kept is not None and activation.from_input:
+                    own.inputs.append(h.copy())
+                activation.apply_(h)
+            own.operands.append(h)
+            shift = product(h, last[0])
             shift += last[1]
             other = pair[1 - side]
             if inverse:
                 other -= shift
             else:
                 other += shift
-        out = _array(to)
+            if kept is not None:
+                kept.append(own)
+        out = array(to)
         for columns, half in zip(arrays.columns, pair, strict=True):
             out[:, columns] = half
         return out
+
+    def _back(
+        self, grads: Array, c: tuple[Array, Array] | None, kept: list[_Kept], wants_x: bool
+    ) -> list[Tensor]:
+        """``grads``, that of rows which have gone through all couplings, becomes that of the rows
+        before them where it is wanted; the context's is added to the second of ``c``. Those of the
+        parameters are returned."""
+        chain, arrays = self.chain, self._arrays()
+        activation = ACTIVATIONS[chain.activation]
+        pair = [grads[:, columns].copy() for columns in arrays.columns]
+        found: list[Tensor] = []
+        # more rows PyTorch sums more exactly: NumPy takes one after the other
+        ones = np.ones(len(grads), np.float32) if len(grads) <= SUMMED else None
+        for index in reversed(chain.steps(False)):
+            side, layers, own = chain.conditions[index], arrays.couplings[index], kept[index]
+            d = pair[1 - side]
+            for k in range(len(layers) - 1, -1, -1):
+                weight, h = layers[k][0], own.operands[k]
+                of_bias = torch.from_numpy(d).sum(0) if ones is None else torch.from_numpy(ones @ d)
+                found += of_bias, torch.from_numpy(product(d.T, h))
+                if k == 0 and index == 0 and not wants_x and c is None:
+                    break
+                d = product(d, weight.T)
+                if k > 0:
+                    activation.backward_(d, own.inputs[k - 1] if activation.from_input else h)
+            else:
+                width = pair[side].shape[1]
+                pair[side] += d[:, :width]
+                if c is not None:
+                    c[1][...] += d[:, width:]
+        if wants_x:
+            for columns, half in zip(arrays.columns, pair, strict=True):
+                grads[:, columns] = half
+        return found[::-1]
+
+    def _arrays(self) -> Arrays:
+        """The parameters as they are now."""
+        arrays = vars(self.chain).get("_arrays")
+        if arrays is None or not arrays.are_of(self.chain):
+            arrays = vars(self.chain)["_arrays"] = Arrays(self.chain)
+        return arrays
 
     def _log_prior(self, z: Array) -> Array:
         """See :func:`nicefast.likelihood.sum_log_prior`; constants and all. ``z`` is kept."""

@@ -31,8 +31,9 @@ from . import likelihood
 from .blocks import Blocks
 from .chain import Chain
 from .ops import check_log_scale, columns_of
-from .products import REBUILT_ELEMENTS, Gradients, Sum, merge
+from .products import REBUILT_ELEMENTS
 from .sideways import Block, Columns
+from .sums import Gradients, Sum, merge
 
 BLOCK_ELEMENTS = 1 << 18  # of one activation: a few of them stay in a core's own cache
 LEAST_FLOPS = 1 << 28  # below this, a batch is not worth the hand-over to threads

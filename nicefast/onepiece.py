@@ -10,6 +10,7 @@ however many couplings there are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch import Tensor
 from . import likelihood
 from .blocks import alone
 from .casts import with_casts
-from .chain import Chain
+from .chain import Chain, put_together, take_apart
 from .ops import check_log_scale
-from .products import Gradients, Kept, Products, go_alone, put_together, take_apart
+from .products import Kept, Products, go_alone
+from .sums import Gradients
 
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks
 AT_ONCE_ELEMENTS = 1 << 22  # the same of narrow flows in float32 where nothing is recorded,
@@ -84,7 +86,7 @@ class OnePiece:
 
     def log_prob(
         self, x: Tensor, context: Tensor | None, log_scale: Tensor
-    ) -> tuple[Tensor, Tensor, Left]:
+    ) -> tuple[Tensor, Tensor, Any]:
         """log_prob of rows x (N, D), as :meth:`forward` gives it; and what its gradient takes:
         z (N, D), one side after the other, and what else is left."""
         with alone(x.device):
@@ -99,7 +101,7 @@ class OnePiece:
         context: Tensor | None,
         log_scale: Tensor,
         z: Tensor,
-        left: Left,
+        left: Any,
         wants_x: bool = True,
         wants_context: bool = True,
     ) -> tuple[Gradients, Tensor]:

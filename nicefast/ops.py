@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, likelihood, reference
+from . import backend, likelihood, noise, reference
 
 
 class Features(NamedTuple):
@@ -280,6 +280,8 @@ _define(
 def _sample_prior(
     log_scale: Tensor, n: int, row_offset: int, seed: int, prior: str, dtype: torch.dtype
 ) -> Tensor:
+    if dtype == log_scale.dtype and noise.serves(log_scale, n):
+        return noise.sample_prior(log_scale, n, seed, prior, row_offset)
     return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
 
 

@@ -58,6 +58,11 @@ class Path(NamedTuple):
         return self.fused if isinstance(self.fused, WholeFlow) else None
 
     @property
+    def sampler(self) -> WholeFlow | Handful | None:
+        """What draws a sample, noise and all."""
+        return self.fused if isinstance(self.fused, WholeFlow | Handful) else None
+
+    @property
     def differentiable(self) -> NarrowFlow | OnePiece | None:
         """What also has the gradient of log_prob."""
         return None if isinstance(self.fused, WholeFlow) else self.fused
@@ -194,10 +199,9 @@ def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow |
     if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None:
         return None
     rows = x.shape[0]
-    if Handful.serves(chain, rows, recorded):
-        return Handful(chain, flow.prior_name)
-    if OnePiece.serves(chain, rows, recorded):
-        return OnePiece(chain.keeping if chain.rebuild else chain, flow.prior_name)
+    for kind in (Handful, OnePiece):
+        if kind.serves(chain, rows, recorded):
+            return kind(chain.keeping if chain.rebuild else chain, flow.prior_name)
     if chain.bfloat16 or not chain.rebuild:
         return None
     return NarrowFlow(chain, flow.prior_name)

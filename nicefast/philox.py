@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 FEW_QUADS = 1 << 15  # with fewer, PyTorch has one thread, and calls NumPy's cost less
-Integers = Any  # a Tensor, or an array of NumPy
+MASK = 0xFFFFFFFF
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 
 
 def philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
@@ -30,54 +31,78 @@ def philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
     """
     if torch.compiler.is_exporting():
         c = _words(rows, quads, word, seed)
-        signed = [((own & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for own in c]
+        signed = [((own & MASK) ^ 0x80000000) - 0x80000000 for own in c]
         return torch.stack(signed, -1).view(len(rows), 4 * len(quads))
     few_here = rows.device.type == "cpu" and len(rows) * len(quads) < FEW_QUADS
     if few_here and type(rows) is Tensor and not torch.compiler.is_compiling():
-        few = _words(rows.numpy(), quads.numpy(), word, seed)
-        c0, c1, c2, c3 = (torch.from_numpy(own) for own in few)
-    else:
-        c0, c1, c2, c3 = _words(rows, quads, word, seed)
+        return torch.from_numpy(philox_of_few(rows.numpy(), quads.numpy(), word, seed))
+    c0, c1, c2, c3 = _words(rows, quads, word, seed)
     c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
     c3.bitwise_left_shift_(32).bitwise_or_(c2)
     return torch.stack((c1, c3), -1).view(torch.int32).view(len(rows), 4 * len(quads))
+
+
+def philox_of_few(rows: Any, quads: Any, word: int, seed: int) -> Any:
+    """:func:`philox` by NumPy, of arrays, in int32: three calls for each of the ten rounds."""
+    shape = 2, len(rows), len(quads)
+    count = shape[1] * shape[2]
+    even: Any = np.empty(shape, np.uint64)
+    odd: Any = np.empty(shape, np.uint32)
+    even[0], even[1] = (rows & MASK)[:, None], quads
+    odd[0], odd[1] = (rows >> 32)[:, None], word
+    even, odd = even.reshape(2, count), odd.reshape(2, count)
+    lower = even.view(np.uint32)[:, ::2]  # of little-endian numbers: no calls to cut them
+    products = np.empty((2, 2, count), np.uint64)  # the last ones' lower halves are still needed
+    parts = products.view(np.uint32)[:, ::-1]
+    factors = np.array(MULTIPLIERS, np.uint64)[:, None]
+    keys = np.array(_keys(seed), np.uint64)[:, :, None]
+    for i in range(10):
+        np.multiply(even, factors, out=products[i % 2])
+        np.bitwise_xor(parts[i % 2, :, 1::2], odd, out=lower)
+        even ^= keys[i]
+        odd = parts[i % 2, :, ::2]
+    words = np.empty((count, 4), np.uint32)
+    words[:, ::2], words[:, 1::2] = lower.T, odd.T
+    return words.view(np.int32).reshape(shape[1], 4 * shape[2])
 
 
 def unsigned(words: Tensor, dtype: torch.dtype) -> Tensor:
     """The bits of signed words as numbers from 0 to 2^32 - 1, rounded to ``dtype``."""
     if words.dtype == torch.int32:
         return words.view(torch.uint32).to(dtype)
-    return (words & 0xFFFFFFFF).to(dtype)
+    return (words & MASK).to(dtype)
 
 
-def _words(rows: Integers, quads: Integers, word: int, seed: int) -> list[Integers]:
+def _keys(seed: int) -> list[tuple[int, int]]:
+    """Of the ten rounds."""
+    weyl = ((seed + i * 0x9E3779B9, (seed >> 32) + i * 0xBB67AE85) for i in range(10))
+    return [(k0 & MASK, k1 & MASK) for k0, k1 in weyl]
+
+
+def _words(rows: Tensor, quads: Tensor, word: int, seed: int) -> list[Tensor]:
     """Philox's four words in int64, (len(rows), len(quads)) each, all in memory of their own.
 
     Only the 1st and 3rd are multiplied, and cut to 32 bits for that: the upper halves of the 2nd
     and 4th hold what is left of a product.
     """
-    library: Any = torch if isinstance(rows, Tensor) else np
-    shift: Any = torch.bitwise_right_shift if library is torch else np.right_shift
-    mask = 0xFFFFFFFF
-    weyl = ((seed + i * 0x9E3779B9, (seed >> 32) + i * 0xBB67AE85) for i in range(10))
-    keys = [(k0 & mask, k1 & mask) for k0, k1 in weyl]
-    c0, c1 = (rows & mask)[:, None], (rows >> 32)[:, None]
+    keys, (m0, m2) = _keys(seed), MULTIPLIERS
+    c0, c1 = (rows & MASK)[:, None], (rows >> 32)[:, None]
     c2, c3 = quads[None, :], quads[None, :1] * 0 + word
     for k0, k1 in keys[:3]:  # some words still depend on the row or the quad alone
-        p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps at 64 bits, as it should
-        c0, c2 = ((p2 >> 32) ^ c1 ^ k0) & mask, ((p0 >> 32) ^ c3 ^ k1) & mask
+        p0, p2 = c0 * m0, c2 * m2  # wraps at 64 bits, as it should
+        c0, c2 = ((p2 >> 32) ^ c1 ^ k0) & MASK, ((p0 >> 32) ^ c3 ^ k1) & MASK
         c1, c3 = p2, p0
-    t0, t2 = library.empty_like(c0), library.empty_like(c2)
+    t0, t2 = torch.empty_like(c0), torch.empty_like(c2)
     for k0, k1 in keys[3:]:  # over and over the same six buffers, which stay in the cache
-        c0 *= 0xD2511F53
-        c2 *= 0xCD9E8D57
-        shift(c2, 32, out=t0)
+        c0 *= m0
+        c2 *= m2
+        torch.bitwise_right_shift(c2, 32, out=t0)
         t0 ^= c1
         t0 ^= k0
-        t0 &= mask
-        shift(c0, 32, out=t2)
+        t0 &= MASK
+        torch.bitwise_right_shift(c0, 32, out=t2)
         t2 ^= c3
         t2 ^= k1
-        t2 &= mask
+        t2 &= MASK
         c0, c1, c2, c3, t0, t2 = t0, c2, t2, c0, c1, c3
     return [c0, c1, c2, c3]

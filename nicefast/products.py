@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks
-from .chain import ACTIVATIONS, Chain, Layers, linear_pointwise
-from .ops import Features, columns_of
+from .chain import ACTIVATIONS, Chain, Layers, linear_pointwise, put_together, take_apart
+from .sums import Gradients, Sum, merge
 
 BLOCK_BYTES = 1 << 22  # of one activation: few enough for the cache, and threads seldom meet
 LEAST_FLOPS = 1 << 30  # below this, a batch is not worth the hand-over to threads
@@ -35,7 +35,6 @@ ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept of few 
 LARGE = 2.0**100  # of a bound: numbers below it are finite, however the bound was rounded
 ROWS_PER_WIDTH = 16
 TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
-FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
 REBUILT_ELEMENTS = 1 << 25  # of all activations of a block: 128 MiB a thread in float32
 GPU_ELEMENTS = 1 << 28  # of one activation on a GPU
 
@@ -104,14 +103,6 @@ def couple(
 
     blocks.hand_out(work)
     return y
-
-
-class Gradients(NamedTuple):
-    """None where it was not wanted."""
-
-    x: Tensor | None
-    context: Tensor | None
-    parameters: list[Tensor]
 
 
 def couple_backward(
@@ -411,56 +402,6 @@ class Products:
         return found
 
 
-class Sum:
-    """The gradient of a layer's parameters, summed over blocks, then over threads.
-
-    A bias's in float64: a sum of sums over blocks next to a plain step's pairwise one.
-    """
-
-    def __init__(self, biased: bool = True) -> None:
-        self._total: tuple[Tensor, Tensor] | None = None
-        self._flipped = False  # the weight's, as in x out
-        self._biased = biased  # otherwise the bias is summed elsewhere
-
-    def add_product(self, d: Tensor, inputs: Tensor) -> None:
-        """The share of ``d`` (N, out), the gradient of ``inputs W^T + b``."""
-        flipped = inputs.shape[1] < min(d.shape[1], FEW_INPUTS)
-        a, b = (inputs.t(), d) if flipped else (d.t(), inputs)
-        # in float32 inside: another dtype here would copy d first
-        bias = d.sum(0) if self._biased else d.new_zeros(())
-        if self._total is None or d.dtype != torch.float32:
-            self.add(torch.mm(a, b), bias, flipped)
-        else:
-            weight, total = self._total
-            self._total = weight.addmm_(a, b), total.double().add_(bias)
-
-    def add(self, weight: Tensor, bias: Tensor, flipped: bool = False) -> None:
-        """A share of both; ``flipped``, as it always is or never, the weight's is in x out."""
-        if self._total is None:
-            self._total, self._flipped = (weight.float(), bias.float()), flipped
-        else:
-            self._total = self._total[0].add_(weight), self._total[1].double().add_(bias)
-
-    def merge(self, other: Sum) -> None:
-        """What another thread has summed."""
-        if other._total is not None:
-            self.add(*other._total, other._flipped)
-
-    def total(self) -> tuple[Tensor, Tensor] | None:
-        """Weight (out, in) and bias, in float32; None where there were no rows."""
-        if self._total is None:
-            return None
-        weight, bias = self._total
-        return weight.t().contiguous() if self._flipped else weight, bias.float()
-
-
-def merge(sums: list[list[Sum]], others: list[list[Sum]]) -> None:
-    """Add what another thread has summed."""
-    for own, theirs in zip(sums, others, strict=True):
-        for mine, yours in zip(own, theirs, strict=True):
-            mine.merge(yours)
-
-
 def _norm(weight: Tensor) -> float:
     """At least that of the whole weight: squares of small numbers may have vanished."""
     return float(torch.linalg.vector_norm(weight)) + 1e-15
@@ -482,23 +423,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total.add_(torch.mm(a, b))
-
-
-def take_apart(x: Tensor, sides: tuple[Features, Features]) -> list[Tensor]:
-    """The two sides of the rows ``x``, each a view where its features are evenly spaced."""
-    return [
-        x[:, columns]
-        if isinstance(columns := columns_of(f.indices, f.start, f.step, f.size), slice)
-        else x.index_select(1, columns)
-        for f in sides
-    ]
-
-
-def put_together(out: Tensor, pair: list[Tensor], sides: tuple[Features, Features]) -> None:
-    """The rows of the two sides ``pair``, to ``out``."""
-    for half, f in zip(pair, sides, strict=True):
-        columns = columns_of(f.indices, f.start, f.step, f.size)
-        if isinstance(columns, slice):
-            out[:, columns] = half
-        else:
-            out.index_copy_(1, columns, half)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .chain import ACTIVATIONS, Chain, linear_pointwise
 from .ops import columns_of
-from .products import Sum
+from .sums import Sum
 
 FEW = 16  # with fewer rows or columns, oneDNN's packing of a matrix costs more than it gains,
 MANY = 1 << 10  # and with fewer columns to sum over

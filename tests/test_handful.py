@@ -8,7 +8,9 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, assert_three_way, make, strided
-from nicefast.handful import MOST, Handful
+from nicefast import philox
+from nicefast.arrays import MOST, product
+from nicefast.handful import FEW, FEW_OF_MANY_CALLS, SMALL, Handful
 from nicefast.onepiece import OnePiece
 
 OPTIONS = [
@@ -48,24 +50,154 @@ def test_values(options, rows, kind):
     assert torch.equal(x, given)  # nothing is written over it
 
 
+def kind_of(model, rows, **options):
+    return type(nf.choose_path(model, torch.zeros(rows, model.features, **options)).fused)
+
+
 def test_who_is_served():
-    model = make(6, hidden=(32, 32))
-    most = MOST // 32**2
+    narrow, wide, wider = (make(6, hidden=(width, width)) for width in (32, 256, 300))
+    assert SMALL == 256**2
+    for model, recorded, plain in (
+        (narrow, FEW_OF_MANY_CALLS, FEW),
+        (wide, FEW_OF_MANY_CALLS, FEW_OF_MANY_CALLS),
+        (wider, 0, MOST),
+    ):
+        size = model.couplings[0].conditioner.linears[1].weight.numel()
+        for few, mode in ((recorded, torch.enable_grad()), (plain, torch.no_grad())):
+            with mode:
+                for rows, kind in ((few // size, Handful), (few // size + 1, OnePiece)):
+                    assert kind_of(model, rows) is kind or rows == 0
+    model = narrow.requires_grad_(False)
+    assert kind_of(model, FEW // 32**2 + 1) is OnePiece
+    assert kind_of(model, FEW // 32**2 + 1, requires_grad=True) is Handful
+    assert "by NumPy" in model.explain(1)
+    assert kind_of(make(6, activation="gelu"), 1) is OnePiece
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kind_of(model, 1) is OnePiece
+    with Operators() as operators:  # who counts operators sees them
+        model.log_prob(torch.zeros(1, 6))
+    assert len(operators.products()) == 9
+
+
+def test_products_are_cut_small():
+    for rows, inner, width in ((1, 600, 600), (7, 1, 5), (1000, 64, 9), (0, 3, 3), (99, 99, 99)):
+        a, b = torch.randn(inner, rows).numpy(), torch.randn(width, inner).numpy()
+        assert abs(product(a.T, b.T) - a.T.astype(float) @ b.T.astype(float)).max(initial=0) < 1e-3
+
+
+def gradients(model, x, c, cotangent, wants):
+    inputs = [x, c, *model.parameters()]
+    wanted = [t.requires_grad_() for t, w in zip(inputs, wants, strict=True) if w]
+    log_prob = model.log_prob(x, c)
+    return [log_prob, *torch.autograd.grad(log_prob, wanted, cotangent)]
+
+
+@pytest.mark.parametrize("wants", ["everything", "parameters", "x", "context", "some"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 2, 33, 200])
+def test_gradients(options, rows, wants):
+    model = make(6, **options)
+    x, c = torch.randn(rows, 6), torch.randn(rows, 3) if model.context else None
+    cotangent, count = torch.randn(rows), len(list(model.parameters()))
+    wants = {
+        "everything": [True, c is not None] + count * [True],
+        "parameters": [False, False] + count * [True],
+        "x": [True, False] + count * [False],
+        "context": [c is None, c is not None] + count * [False],
+        "some": [False, False] + [i % 3 == 0 for i in range(count)],
+    }[wants]
+    for p, want in zip(model.parameters(), wants[2:], strict=True):
+        p.requires_grad_(want)
+    assert kind_of(model, rows, requires_grad=True) is Handful or c is not None
+    got = gradients(model, x.clone(), c, cotangent, wants)
+    again = gradients(model, x.clone(), c, cotangent, wants)
+    assert all(map(torch.equal, got, again))
+    with nf.set_backend("reference"):
+        plain = gradients(model, x.clone(), c, cotangent, wants)
+    wide = (t if t is None else t.detach().double() for t in (x, c, cotangent))
+    exact = gradients(copy.deepcopy(model).double(), *wide, wants)
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert g.shape == p.shape
+        assert_three_way(g, p, e)
+
+
+def test_gradients_of_gradients():
+    model, x = make(4, activation="tanh", hidden=(8,)), torch.randn(3, 4, requires_grad=True)
+    assert type(nf.choose_path(model, x).fused) is Handful
+
+    def twice():
+        (grad,) = torch.autograd.grad(model.log_prob(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [x, *model.parameters()])
+
+    got = twice()
+    with nf.set_backend("reference"):
+        for g, w in zip(got, twice(), strict=True):
+            assert torch.allclose(g, w, atol=1e-4, rtol=1e-3)
+
+
+def test_a_parameter_written_to_before_its_gradient_is_an_error():
+    model, x = make(6), torch.randn(3, 6)
+    log_prob = model.log_prob(x)
     with torch.no_grad():
-        for rows, kind in ((most, Handful), (most + 1, OnePiece)):
-            assert type(nf.choose_path(model, torch.zeros(rows, 6)).fused) is kind
-        assert "by NumPy" in model.explain(1)
-        smooth = make(6, activation="gelu")
-        assert type(nf.choose_path(smooth, torch.zeros(1, 6)).fused) is OnePiece
-        with torch.autocast("cpu", torch.bfloat16):
-            assert type(nf.choose_path(model, torch.zeros(1, 6)).fused) is OnePiece
-        with Operators() as operators:  # who counts operators sees them
-            model.log_prob(torch.zeros(1, 6))
-        assert len(operators.products()) == 9
-    assert type(nf.choose_path(model, torch.zeros(1, 6)).fused) is OnePiece
-    model.requires_grad_(False)
-    assert type(nf.choose_path(model, torch.zeros(1, 6)).fused) is Handful
-    assert type(nf.choose_path(model, torch.zeros(1, 6, requires_grad=True)).fused) is OnePiece
+        model.couplings[1].conditioner.linears[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        log_prob.sum().backward()
+    kept = x.clone()
+    log_prob = model.log_prob(kept)
+    kept.zero_()
+    with pytest.raises(RuntimeError, match="modified"):
+        log_prob.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "silu", "elu"])
+def test_gradients_of_what_is_not_finite_say_so(activation):
+    """Row 1 spoils the parameters' gradients, and no other row's."""
+    model, x = make(6, activation=activation), torch.randn(4, 6)
+    x[1, 2] = torch.nan
+
+    def grads():
+        rows = x.clone().requires_grad_()
+        return torch.autograd.grad(model.log_prob(rows).sum(), [rows, *model.parameters()])
+
+    got = grads()
+    with nf.set_backend("reference"):
+        want = grads()
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g.isfinite(), w.isfinite())
+    assert torch.allclose(got[0][[0, 2, 3]], want[0][[0, 2, 3]], atol=1e-4, rtol=1e-4)
+
+
+def test_an_infinite_gradient_through_a_unit_that_is_off_is_nothing():
+    model, x = make(2, hidden=(2,), partition="half", couplings=1), torch.tensor([[1.0, 0.0]])
+    first, last = model.couplings[0].conditioner.linears
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        first.bias.zero_()
+        last.weight.copy_(torch.tensor([[1.0, 3e38]]))  # the second unit is off
+    cotangent = torch.tensor([1e3])
+    (grad,) = torch.autograd.grad(model.log_prob(x), first.weight, cotangent)
+    with nf.set_backend("reference"):
+        (want,) = torch.autograd.grad(model.log_prob(x), first.weight, cotangent)
+    assert want[1] == 0
+    assert torch.allclose(grad, want)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_samples(options):
+    model, seeded = make(6, **options), torch.Generator().manual_seed
+    c = torch.randn(2, 3) if model.context else None
+    got = model.sample(5, c, generator=seeded(1))
+    parts = model.sample(5, c, batch_size=2, generator=seeded(1))
+    with nf.set_backend("reference"):
+        want = model.sample(5, c, generator=seeded(1))
+    assert got.shape == want.shape == (*(() if c is None else (2,)), 5, 6)
+    assert torch.allclose(got, want, atol=1e-4)
+    assert torch.allclose(got, parts, atol=1e-4)
+    many = 4 * philox.FEW_QUADS // 6 + 1
+    tiny = make(6, hidden=(2,))
+    assert torch.allclose(
+        tiny.sample(many, generator=seeded(2))[:5], tiny.sample(5, generator=seeded(2)), atol=1e-5
+    )
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from nicefast.reference import ACTIVATIONS
 
 @pytest.fixture(autouse=True)
 def no_batch_is_a_handful(monkeypatch):
-    monkeypatch.setattr(handful, "MOST", -1)
+    monkeypatch.setattr(handful.Handful, "serves", staticmethod(lambda *_: False))
 
 
 @pytest.fixture(params=["one block", "many blocks"])

@@ -1,0 +1,146 @@
+"""What is checked of arguments: errors say which one is wrong, what came, what was expected."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .chain import Chain
+from .ops import Features
+from .reference import check_prior
+
+LEVELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+LARGEST = 2.0**100  # of a range's ends: their difference is far from overflow
+
+
+class Split(Protocol):
+    """What an operation asks of a :class:`nicefast.Partition`, which lives one floor up."""
+
+    @property
+    def features(self) -> int: ...
+
+    def locate(self, device: torch.device, conditioning: bool = False) -> Features: ...
+
+
+def check_rows(chain: Chain, x: Tensor, context: Tensor | None) -> None:
+    check_tensor("x", x)
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32, got {x.dtype}")
+    features = sum(f.size for f in chain.sides)
+    if x.ndim != 2 or x.shape[1] != features:
+        raise ValueError(f"x must have shape (N, {features}), got {tuple(x.shape)}")
+    where = chain.parameters[0].device
+    if x.device != where:
+        raise ValueError(f"x must be on {where}, where the parameters are, got {x.device}")
+    if (context is None) != (chain.context == 0):
+        got = "none" if context is None else f"shape {tuple(context.shape)}"
+        raise ValueError(f"context must have {chain.context} features, got {got}")
+    if context is not None:
+        check_tensor("context", context)
+        if context.shape != (len(x), chain.context):
+            raise ValueError(
+                f"context must have shape ({len(x)}, {chain.context}), got {tuple(context.shape)}"
+            )
+        check_device("context", context, x)
+
+
+def check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:
+    check_tensor("h", h)
+    check_tensor("log_scale", log_scale)
+    check_prior(prior)
+    if h.ndim < 1 or log_scale.shape != h.shape[-1:]:
+        raise ValueError(
+            f"log_scale must have shape ({h.shape[-1] if h.ndim else 'D'},), one value for each "
+            f"feature of h, got {tuple(log_scale.shape)} for an h of shape {tuple(h.shape)}"
+        )
+    if h.shape[-1] < 1:
+        raise ValueError(f"h must have at least one feature, got shape {tuple(h.shape)}")
+    check_device("log_scale", log_scale, h)
+
+
+def check_count(name: str, count: int, least: int = 0) -> None:
+    if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
+
+
+def check_levels(levels: Tensor, k: int | None, low: float, high: float) -> None:
+    if not isinstance(levels, Tensor):
+        raise TypeError(f"levels must be a torch.Tensor, got {type(levels).__name__}")
+    if levels.dtype not in LEVELS:
+        raise TypeError(f"levels must be uint8, int16, int32 or int64, got {levels.dtype}")
+    if levels.ndim < 2 or levels.shape[1:].numel() < 1:
+        raise ValueError(
+            f"levels must have shape (N, ...) with at least one feature, got {tuple(levels.shape)}"
+        )
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= 1 << 16):
+        raise ValueError(f"k must be an integer from 2 to 65536, or None, got {k!r}")
+    if k is None and (low, high) != (0.0, 1.0):
+        raise ValueError(f"low and high need k, the number of levels; got {low} and {high}")
+    size = max(abs(low), abs(high))
+    if not (size < LARGEST and high - low > max(size * 2.0**-22, 1 / LARGEST)):
+        raise ValueError(
+            f"low must be below high, by enough for float32 to tell, got {low} and {high}"
+        )
+
+
+def check_coupling(
+    x: Tensor, shift: Tensor, partition: Split, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    check_features("x", x, partition)
+    check_tensor("shift", shift)
+    count = partition.locate(x.device).size
+    expected = (*x.shape[:-1], count)
+    if shift.shape != expected:
+        if shift.ndim < 1 or shift.shape[-1] != count or shift.ndim > x.ndim:
+            raise _wrong_shift(shift, expected)
+        try:
+            shift = shift.expand(expected)
+        except RuntimeError:
+            raise _wrong_shift(shift, expected) from None
+    check_device("shift", shift, x)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != (count,):
+            raise ValueError(
+                f"bias must have shape ({count},), one value for each shifted feature, "
+                f"got {tuple(bias.shape)}"
+            )
+        check_device("bias", bias, x)
+    return x, shift
+
+
+def _wrong_shift(shift: Tensor, expected: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"shift must have shape {tuple(expected)}, one value for each shifted feature, "
+        f"got {tuple(shift.shape)}"
+    )
+
+
+def check_features(name: str, x: Tensor, partition: Split) -> None:
+    check_tensor(name, x)
+    if not hasattr(partition, "locate"):
+        raise TypeError(f"partition must be a nicefast.Partition, got {type(partition).__name__}")
+    if x.ndim < 1 or x.shape[-1] != partition.features:
+        raise ValueError(
+            f"{name} must have {partition.features} features in its last dimension, as {partition} "
+            f"has, got shape {tuple(x.shape)}"
+        )
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point or x.element_size() < 2:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, where x is, got {x.device}")
