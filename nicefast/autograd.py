@@ -203,9 +203,10 @@ class FlowLogProb(Function):
         flow: Any = ctx.flow  # its own left
         chain: Chain = flow.chain
         _check_versions(chain, ctx.versions)
-        if torch.is_grad_enabled():  # a gradient that must be differentiable itself
-            h = _couple_again(chain, x, context, inverse=False)
-            _, again = reference.scale_log_prob(h, log_scale, flow.prior, return_z=True)
+        if _plainly(grad):
+            with torch.enable_grad():
+                h = _couple_again(chain, x, context, inverse=False)
+                _, again = reference.scale_log_prob(h, log_scale, flow.prior, return_z=True)
             inputs = [x, context, log_scale, *chain.parameters]
             return None, *_gradients_again(again, inputs, ctx.needs_input_grad[1:], grad)
         _, wants_x, wants_context, *_ = ctx.needs_input_grad
@@ -253,8 +254,9 @@ class Couple(Function):
         x, context = ctx.saved_tensors
         chain: Chain = ctx.chain
         _check_versions(chain, ctx.versions)
-        if torch.is_grad_enabled():  # a gradient that must be differentiable itself
-            again = _couple_again(chain, x, context, ctx.inverse)
+        if _plainly(grad_y):
+            with torch.enable_grad():
+                again = _couple_again(chain, x, context, ctx.inverse)
             inputs = [x, context, *chain.parameters]
             grads = _gradients_again(again, inputs, ctx.needs_input_grad[3:], grad_y)
             return None, None, None, *grads
@@ -276,6 +278,13 @@ class Couple(Function):
             None if context is None or grad_c is None else grad_c.to(context.dtype),
             *gradients.parameters,
         )
+
+
+def _plainly(grad: Tensor) -> bool:
+    """Whether a gradient must be differentiable itself, or ``grad`` stands for several, as it does
+    with ``is_grads_batched`` or in a vmap."""
+    several = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_batchedtensor
+    return torch.is_grad_enabled() or any(is_batched(grad) for is_batched in several)
 
 
 def _check_versions(chain: Chain, versions: list[int]) -> None:
@@ -302,7 +311,8 @@ def _couple_again(chain: Chain, x: Tensor, context: Tensor | None, inverse: bool
 def _gradients_again(
     value: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Differentiable gradients of ``value`` for those inputs that need one."""
+    """Gradients of ``value`` by autograd for those inputs that need one."""
     wanted = [t for t, w in zip(inputs, needed, strict=True) if w and t is not None]
-    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
+    differentiable = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=differentiable))
     return [next(found) if w else None for w in needed]

@@ -34,6 +34,14 @@ class _Kept(NamedTuple):
     inputs: list[Array]
 
 
+class _Left(NamedTuple):
+    """What :meth:`Handful.log_prob` leaves for its gradient besides z: the parameters as they were,
+    and an entry for each coupling."""
+
+    arrays: Arrays
+    kept: list[_Kept]
+
+
 @dataclass(frozen=True)
 class Handful(OnePiece):
     """As :class:`nicefast.onepiece.OnePiece`; by NumPy, where no operator is to be seen."""
@@ -68,11 +76,11 @@ class Handful(OnePiece):
 
     def log_prob(
         self, x: Tensor, context: Tensor | None, log_scale: Tensor
-    ) -> tuple[Tensor, Tensor, list[_Kept]]:
+    ) -> tuple[Tensor, Tensor, _Left]:
         """log_prob of rows x (N, D); z (N, D); and what else its gradient takes."""
-        z, log_prob, kept = empty(*x.shape), empty(x.shape[0]), list[_Kept]()
-        self._latent_by_numpy(x, context, log_scale, z, log_prob, kept)
-        return log_prob, z, kept
+        z, log_prob, left = empty(*x.shape), empty(x.shape[0]), _Left(self._arrays(), [])
+        self._latent_by_numpy(x, context, log_scale, z, log_prob, left)
+        return log_prob, z, left
 
     def log_prob_backward(
         self,
@@ -131,15 +139,15 @@ class Handful(OnePiece):
         log_scale: Tensor,
         z: Tensor,
         log_prob: Tensor | None,
-        kept: list[_Kept] | None = None,
+        left: _Left | None = None,
     ) -> None:
-        """``z`` and ``log_prob`` of rows x; what a gradient takes besides, to ``kept``."""
+        """``z`` and ``log_prob`` of rows x; what a gradient takes besides, to ``left``."""
         scale = array(log_scale)
         with np.errstate(all="ignore"):
             total = scale.sum()
             if not math.isfinite(total):
                 check_log_scale(log_scale)
-            rows = self._through(array(x), context, False, z, kept)
+            rows = self._through(array(x), context, False, z, left)
             rows *= np.exp(scale)
             if log_prob is not None:
                 np.add(self._log_prior(rows), total, out=array(log_prob))
@@ -150,11 +158,11 @@ class Handful(OnePiece):
         context: Tensor | None,
         inverse: bool,
         to: Tensor,
-        kept: list[_Kept] | None = None,
+        left: _Left | None = None,
     ) -> Array:
         """The rows ``x`` through all couplings, or back through them: to ``to``, whose array is
-        returned; what their gradients need, to ``kept``."""
-        chain, arrays = self.chain, self._arrays()
+        returned; what their gradients need, to ``left``."""
+        chain, arrays = self.chain, self._arrays() if left is None else left.arrays
         activation = ACTIVATIONS[chain.activation]
         c = None if context is None else array(context.float())
         pair = [x[:, columns].copy() for columns in arrays.columns]
@@ -163,13 +171,13 @@ class Handful(OnePiece):
             own, h = _Kept([], []), pair[side]
             if c is not None:
                 h = np.concatenate((h, c), 1)
-            elif kept is not None:
+            elif left is not None:
                 h = h.copy()  # which is shifted later
             for weight, bias in layers:
                 own.operands.append(h)
                 h = product(h, weight)
                 h += bias
-                if kept is not None and activation.from_input:
+                if left is not None and activation.from_input:
                     own.inputs.append(h.copy())
                 activation.apply_(h)
             own.operands.append(h)
@@ -180,20 +188,20 @@ class Handful(OnePiece):
                 other -= shift
             else:
                 other += shift
-            if kept is not None:
-                kept.append(own)
+            if left is not None:
+                left.kept.append(own)
         out = array(to)
         for columns, half in zip(arrays.columns, pair, strict=True):
             out[:, columns] = half
         return out
 
     def _back(
-        self, grads: Array, c: tuple[Array, Array] | None, kept: list[_Kept], wants_x: bool
+        self, grads: Array, c: tuple[Array, Array] | None, left: _Left, wants_x: bool
     ) -> list[Tensor]:
         """``grads``, that of rows which have gone through all couplings, becomes that of the rows
         before them where it is wanted; the context's is added to the second of ``c``. Those of the
         parameters are returned."""
-        chain, arrays = self.chain, self._arrays()
+        chain, (arrays, kept) = self.chain, left
         activation = ACTIVATIONS[chain.activation]
         pair = [grads[:, columns].copy() for columns in arrays.columns]
         found: list[Tensor] = []

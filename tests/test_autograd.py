@@ -96,6 +96,24 @@ def test_gradient_of_each_sample(backend, device):
             assert torch.allclose(got[i], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("call", ["log_prob", "forward", "inverse"])
+@pytest.mark.parametrize(("rows", "hidden"), [(3, 6), (3, 200), (3000, 6), (100_000, 6)], ids=str)
+def test_several_gradients_at_once(rows, hidden, call):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` asks for them."""
+    flow = nf.NICE(4, hidden=(hidden,), couplings=2, activation="tanh")
+    x = torch.randn(rows, 4, requires_grad=True)
+    value = getattr(flow, call)(x)
+    value = value if call == "log_prob" else value[0].sum(1)
+    wanted = [x, *(p for p in flow.couplings.parameters())]
+    several = torch.randn(2, rows)
+    got = torch.autograd.grad(value, wanted, several, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(several):
+        want = torch.autograd.grad(value, wanted, cotangent, retain_graph=True)
+        for g, w in zip(got, want, strict=True):
+            assert torch.allclose(g[i], w, atol=1e-4 * max(1, rows**0.5))
+            assert not g.requires_grad
+
+
 def test_vmap_over_models(backend, device):
     """An ensemble: parameters stacked along a first dimension, log_scale among them."""
     flows = [model(device) for _ in range(3)]

@@ -149,6 +149,17 @@ def test_a_parameter_written_to_before_its_gradient_is_an_error():
         log_prob.sum().backward()
 
 
+def test_a_parameter_replaced_before_its_gradient_is_another_one():
+    """As in plain PyTorch, the gradient is that of the value."""
+    model, x = make(6), torch.randn(3, 6)
+    weights = [model.couplings[i].conditioner.linears[-1].weight for i in range(2)]
+    want = torch.autograd.grad(model.log_prob(x).sum(), weights)
+    log_prob = model.log_prob(x)
+    for p in model.couplings.parameters():
+        p.data = torch.randn_like(p)
+    assert all(map(torch.equal, torch.autograd.grad(log_prob.sum(), weights), want))
+
+
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "silu", "elu"])
 def test_gradients_of_what_is_not_finite_say_so(activation):
     """Row 1 spoils the parameters' gradients, and no other row's."""
