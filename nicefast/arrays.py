@@ -5,7 +5,7 @@ Nothing is copied: arrays are views of the parameters' memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,29 +61,35 @@ ACTIVATIONS = {
 class Arrays:
     """The parameters of a chain, and the columns of its sides, as arrays."""
 
-    def __init__(self, chain: Chain) -> None:
-        self._places = _places(chain)
+    def __init__(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
         # detached: an array that held a parameter with hooks would hide it from the collector
+        self._tensors = [t.detach() for t in tensors]
+        self._places = _places(self._tensors)
+        each = iter(self._tensors)
         self.couplings = [
-            [(array(w.detach()).T, array(b.detach())) for w, b in layers]
-            for layers in chain.couplings
+            [(array(next(each)).T, array(next(each))) for _ in layers] for layers in chain.couplings
         ]
         columns = (columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides)
         self.columns = [c if isinstance(c, slice) else c.numpy() for c in columns]
 
     def are_of(self, chain: Chain) -> bool:
         """Whether they still are views of every parameter."""
-        return _places(chain) == self._places and not any(map(Tensor.is_neg, chain.parameters))
+        p = chain.parameters
+        return _places(p) == self._places and not any(map(Tensor.is_neg, p))
+
+    def as_they_are(self, chain: Chain) -> Arrays:
+        """Views of the same tensors, whose memory may have been exchanged since, as it is by
+        sharing it among processes."""
+        return self if _places(self._tensors) == self._places else Arrays(chain, self._tensors)
 
 
-def _places(chain: Chain) -> list[object]:
+def _places(tensors: Sequence[Tensor]) -> list[object]:
     """Where the numbers lie of tensors whose shapes are known to be the same."""
-    p = chain.parameters
-    return [*map(Tensor.data_ptr, p), *map(Tensor.stride, p)]
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
 
 
 class _Memory:
-    """What an array is made of: that of a tensor, which is held."""
+    """What an array is made of: that of a tensor, which is held (its memory may be exchanged)."""
 
     def __init__(self, x: Tensor) -> None:
         self.tensor = x
@@ -103,7 +109,7 @@ def array(x: Tensor) -> Array:
 
 
 def product(a: Array, b: Array) -> Array:
-    """``a b``, in products of :data:`MOST` multiplications at most."""
+    """``a b``, a few rows of ``a`` at a time, so that there are :data:`MOST` multiplications."""
     inner, width = b.shape
     if inner == 1:
         return a * b  # NumPy's products take several times as long

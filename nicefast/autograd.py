@@ -205,14 +205,17 @@ class FlowLogProb(Function):
         _check_versions(chain, ctx.versions)
         if _plainly(grad):
             with torch.enable_grad():
-                h = _couple_again(chain, x, context, inverse=False)
+                inputs = _views(x, context, log_scale, *chain.parameters)
+                x, context, log_scale, *parameters = inputs
+                h = _couple_again(chain, x, context, parameters, inverse=False)
                 _, again = reference.scale_log_prob(h, log_scale, flow.prior, return_z=True)
-            inputs = [x, context, log_scale, *chain.parameters]
             return None, *_gradients_again(again, inputs, ctx.needs_input_grad[1:], grad)
         _, wants_x, wants_context, *_ = ctx.needs_input_grad
         gradients, grad_log_scale = flow.log_prob_backward(
             grad, x, context, log_scale, h, ctx.left, wants_x, wants_context
         )
+        if not _keeps_graph():
+            ctx.left = None
         grad_c = gradients.context
         return (
             None,
@@ -256,8 +259,9 @@ class Couple(Function):
         _check_versions(chain, ctx.versions)
         if _plainly(grad_y):
             with torch.enable_grad():
-                again = _couple_again(chain, x, context, ctx.inverse)
-            inputs = [x, context, *chain.parameters]
+                inputs = _views(x, context, *chain.parameters)
+                x, context, *parameters = inputs
+                again = _couple_again(chain, x, context, parameters, ctx.inverse)
             grads = _gradients_again(again, inputs, ctx.needs_input_grad[3:], grad_y)
             return None, None, None, *grads
         _, _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
@@ -269,6 +273,8 @@ class Couple(Function):
             gradients = couple_backward(
                 chain, grad_y, x, context, ctx.inverse, ctx.activations, wants_x, wants_context
             )
+        if not _keeps_graph():
+            ctx.activations = None
         grad_c = gradients.context
         return (
             None,
@@ -282,9 +288,26 @@ class Couple(Function):
 
 def _plainly(grad: Tensor) -> bool:
     """Whether a gradient must be differentiable itself, or ``grad`` stands for several, as it does
-    with ``is_grads_batched`` or in a vmap."""
+    with ``is_grads_batched`` or in a vmap, or may have a tangent."""
     several = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_batchedtensor
-    return torch.is_grad_enabled() or any(is_batched(grad) for is_batched in several)
+    return (
+        torch.is_grad_enabled()
+        or any(is_batched(grad) for is_batched in several)
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _keeps_graph() -> bool:
+    """Whether there may be another gradient of this value: otherwise what was kept for it must go,
+    as saved tensors do, however long the value itself is held."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or keeps()
+
+
+def _views(*tensors: Tensor | None) -> list[Any]:
+    """The tensors under other names: a gradient by those goes no further back than to here, and
+    past no hook."""
+    return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def _check_versions(chain: Chain, versions: list[int]) -> None:
@@ -295,12 +318,16 @@ def _check_versions(chain: Chain, versions: list[int]) -> None:
         )
 
 
-def _couple_again(chain: Chain, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
-    """Rows through the couplings in plain PyTorch."""
+def _couple_again(
+    chain: Chain, x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], inverse: bool
+) -> Tensor:
+    """Rows through the couplings in plain PyTorch, with these for the chain's parameters."""
+    each = iter(parameters)
+    couplings = [[(next(each), next(each)) for _ in layers] for layers in chain.couplings]
     features = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
     return reference.couple(
         x,
-        chain.couplings,
+        couplings,
         [(features[side], features[1 - side]) for side in chain.conditions],
         chain.activation,
         inverse,

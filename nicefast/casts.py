@@ -58,8 +58,7 @@ def with_casts(chain: Chain) -> Chain:
     """The chain with its parameters in bfloat16 where autocast is to cast them once for many calls,
     as it does with those that get gradients; the chain itself where it is not."""
     if not torch.is_autocast_enabled("cpu"):
-        if _block.mark is not None and not _within_a_block():
-            _block.enter(None)
+        forget_casts()
         return chain
     if not (
         chain.bfloat16
@@ -71,6 +70,12 @@ def with_casts(chain: Chain) -> Chain:
     with torch.no_grad():
         _block.enter(_cast_of(_block.own))
         return chain if _block.mark is None else _block.cast(chain)
+
+
+def forget_casts() -> None:
+    """Outside any block of autocast, let go of what was cast in the last one."""
+    if _block.mark is not None and not _within_a_block():
+        _block.enter(None)
 
 
 def _within_a_block() -> bool:

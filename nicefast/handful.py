@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import noise, reference
 from .arrays import ACTIVATIONS, MOST, Array, Arrays, array, product
+from .casts import forget_casts
 from .chain import Chain
 from .onepiece import OnePiece, empty
 from .ops import check_log_scale
@@ -24,7 +25,9 @@ from .sums import Gradients
 SMALL = 1 << 16  # numbers of a weight: larger ones take their time whoever is called
 FEW = 2 * MOST  # multiplications of such a weight's product: with more, several threads gain more,
 FEW_OF_MANY_CALLS = 4 * MOST  # where PyTorch's calls cost more: with gradients, and of wide flows
-SUMMED = 64  # rows
+NUMBERS = 1 << 18  # of all activations: with more, what is done to each takes several threads
+SUMMED = 1 << 10  # rows: NumPy sums one after the other, less exactly than PyTorch,
+ADDED = 64  # most of all where it has nothing to do but to add
 
 
 class _Kept(NamedTuple):
@@ -35,10 +38,11 @@ class _Kept(NamedTuple):
 
 
 class _Left(NamedTuple):
-    """What :meth:`Handful.log_prob` leaves for its gradient besides z: the parameters as they were,
-    and an entry for each coupling."""
+    """What :meth:`Handful.log_prob` leaves for its gradient besides z: the parameters and
+    exp(log_scale) as they were, and an entry for each coupling."""
 
     arrays: Arrays
+    scale: Array
     kept: list[_Kept]
 
 
@@ -54,6 +58,8 @@ class Handful(OnePiece):
             few = 0 if recorded else MOST
         return (
             rows * chain.largest <= few
+            and rows * chain.kept <= NUMBERS
+            and rows <= (SUMMED if recorded else NUMBERS)
             and chain.activation in ACTIVATIONS
             and not chain.bfloat16
             and torch._C._len_torch_dispatch_stack() == 0  # a mode sees what PyTorch does alone
@@ -78,7 +84,9 @@ class Handful(OnePiece):
         self, x: Tensor, context: Tensor | None, log_scale: Tensor
     ) -> tuple[Tensor, Tensor, _Left]:
         """log_prob of rows x (N, D); z (N, D); and what else its gradient takes."""
-        z, log_prob, left = empty(*x.shape), empty(x.shape[0]), _Left(self._arrays(), [])
+        z, log_prob = empty(*x.shape), empty(x.shape[0])
+        with np.errstate(all="ignore"):
+            left = _Left(self._arrays(), np.exp(array(log_scale)), [])
         self._latent_by_numpy(x, context, log_scale, z, log_prob, left)
         return log_prob, z, left
 
@@ -99,15 +107,13 @@ class Handful(OnePiece):
             score = -rows if self.prior == "normal" else -np.tanh(rows * np.float32(0.5))
             score *= g[:, None]
             total = torch.from_numpy(rows * score).sum(0) + grad.sum()
-            score *= np.exp(array(log_scale))
+            score *= left.scale
             c = None
-            if context is not None:
-                c = array(context.float()), np.zeros(context.shape, np.float32)
+            if context is not None and wants_context:
+                c = np.zeros(context.shape, np.float32)
             parameters = self._back(score, c, left, wants_x)
             return Gradients(
-                torch.from_numpy(score) if wants_x else None,
-                None if c is None or not wants_context else torch.from_numpy(c[1]),
-                parameters,
+                _tensor(score) if wants_x else None, None if c is None else _tensor(c), parameters
             ), total
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
@@ -148,7 +154,7 @@ class Handful(OnePiece):
             if not math.isfinite(total):
                 check_log_scale(log_scale)
             rows = self._through(array(x), context, False, z, left)
-            rows *= np.exp(scale)
+            rows *= np.exp(scale) if left is None else left.scale
             if log_prob is not None:
                 np.add(self._log_prior(rows), total, out=array(log_prob))
 
@@ -162,6 +168,7 @@ class Handful(OnePiece):
     ) -> Array:
         """The rows ``x`` through all couplings, or back through them: to ``to``, whose array is
         returned; what their gradients need, to ``left``."""
+        forget_casts()
         chain, arrays = self.chain, self._arrays() if left is None else left.arrays
         activation = ACTIVATIONS[chain.activation]
         c = None if context is None else array(context.float())
@@ -195,25 +202,22 @@ class Handful(OnePiece):
             out[:, columns] = half
         return out
 
-    def _back(
-        self, grads: Array, c: tuple[Array, Array] | None, left: _Left, wants_x: bool
-    ) -> list[Tensor]:
+    def _back(self, grads: Array, c: Array | None, left: _Left, wants_x: bool) -> list[Tensor]:
         """``grads``, that of rows which have gone through all couplings, becomes that of the rows
-        before them where it is wanted; the context's is added to the second of ``c``. Those of the
-        parameters are returned."""
-        chain, (arrays, kept) = self.chain, left
+        before them where it is wanted; the context's is added to ``c``. Those of the parameters
+        are returned."""
+        chain, arrays, kept = self.chain, left.arrays.as_they_are(self.chain), left.kept
         activation = ACTIVATIONS[chain.activation]
         pair = [grads[:, columns].copy() for columns in arrays.columns]
         found: list[Tensor] = []
-        # more rows PyTorch sums more exactly: NumPy takes one after the other
-        ones = np.ones(len(grads), np.float32) if len(grads) <= SUMMED else None
+        ones = np.ones(len(grads), np.float32) if len(grads) <= ADDED else None
         for index in reversed(chain.steps(False)):
             side, layers, own = chain.conditions[index], arrays.couplings[index], kept[index]
             d = pair[1 - side]
             for k in range(len(layers) - 1, -1, -1):
                 weight, h = layers[k][0], own.operands[k]
-                of_bias = torch.from_numpy(d).sum(0) if ones is None else torch.from_numpy(ones @ d)
-                found += of_bias, torch.from_numpy(product(d.T, h))
+                of_bias = torch.from_numpy(d).sum(0) if ones is None else _tensor(ones @ d)
+                found += of_bias, _tensor(product(d.T, h))
                 if k == 0 and index == 0 and not wants_x and c is None:
                     break
                 d = product(d, weight.T)
@@ -223,7 +227,7 @@ class Handful(OnePiece):
                 width = pair[side].shape[1]
                 pair[side] += d[:, :width]
                 if c is not None:
-                    c[1][...] += d[:, width:]
+                    c += d[:, width:]
         if wants_x:
             for columns, half in zip(arrays.columns, pair, strict=True):
                 grads[:, columns] = half
@@ -233,13 +237,13 @@ class Handful(OnePiece):
         """The parameters as they are now."""
         arrays = vars(self.chain).get("_arrays")
         if arrays is None or not arrays.are_of(self.chain):
-            arrays = vars(self.chain)["_arrays"] = Arrays(self.chain)
+            arrays = vars(self.chain)["_arrays"] = Arrays(self.chain, self.chain.parameters)
         return arrays
 
     def _log_prior(self, z: Array) -> Array:
         """See :func:`nicefast.likelihood.sum_log_prior`; constants and all. ``z`` is kept."""
         if self.prior == "normal":
-            return -0.5 * np.square(z).sum(1) - z.shape[1] / 2 * math.log(2 * math.pi)
+            return (z * np.float32(-0.5) * z).sum(1) - z.shape[1] / 2 * math.log(2 * math.pi)
         size = np.abs(z)
         sums = np.exp(-size)
         sums += 1
@@ -247,3 +251,8 @@ class Handful(OnePiece):
         size *= 0.5
         sums += size
         return -2 * sums.sum(1)
+
+
+def _tensor(a: Array) -> Tensor:
+    """A copy: NumPy's memory could never be resized."""
+    return torch.from_numpy(a).clone()

@@ -83,7 +83,8 @@ def sum_log_prior(
         torch.neg(size, out=second).exp_().add_(1).log_().add_(size, alpha=0.5)
         torch.sum(second, dim, out=out).mul_(-2)
     else:
-        torch.sum(torch.mul(z, z, out=second), dim, out=out).mul_(-0.5)
+        # halved first: a square overflows long before its half does
+        torch.sum(torch.mul(z, -0.5, out=second).mul_(z), dim, out=out)
 
 
 def scale_log_prob_backward(

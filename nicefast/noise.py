@@ -27,7 +27,7 @@ def serves(log_scale: Tensor, n: int) -> bool:
 def sample_prior(log_scale: Tensor, n: int, seed: int, prior: str, row_offset: int) -> Tensor:
     """:func:`nicefast.reference.sample_prior` (n, D), in float32."""
     d = log_scale.shape[0]
-    rows = np.arange(row_offset, row_offset + n)
+    rows = np.arange(n) + row_offset
     bits = philox_of_few(rows, np.arange(-(-d // 4)), 0, seed)
     z = _logistic(bits) if prior == "logistic" else _normal(bits)
     return z[:, :d] * torch.exp(-log_scale)

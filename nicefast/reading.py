@@ -94,7 +94,7 @@ def read(couplings: nn.ModuleList, device: torch.device, bfloat16: bool) -> Chai
     reading = vars(couplings).get(_PLACE) if keeps else None
     if reading is None or not reading.is_of(couplings, device):
         if reading is not None:
-            del vars(couplings)[_PLACE]
+            vars(couplings).pop(_PLACE, None)  # another thread may have done it
         found = _read(list(couplings), device)
         if isinstance(found, str):
             return found
@@ -122,7 +122,7 @@ def _read(couplings: Sequence[nn.Module], device: torch.device) -> Chain | str:
     other = ~first
     sides = (first.locate(device, True), first.locate(device, False))
     mlp = _mlp(known[0])
-    conditions, float32 = [], torch.float32
+    conditions, float32, strided = [], torch.float32, torch.strided
     for i, (coupling, layers) in enumerate(zip(known, inside, strict=True)):
         own, partition = _mlp(coupling), coupling.partition
         if partition is first or (partition is not other and partition == first):
@@ -136,6 +136,8 @@ def _read(couplings: Sequence[nn.Module], device: torch.device) -> Chain | str:
         width, goal = sides[side].size + own.context, sides[1 - side].size
         for weight, bias in layers:
             same = weight.dtype is float32 is bias.dtype
+            if not (weight.layout is strided is bias.layout):
+                return f"coupling {i}: parameters that are not dense"
             if not same or weight.device != device or bias.device != device:
                 return f"coupling {i}: parameters that are no float32 tensors on {device}"
             out = bias.shape[0]

@@ -114,6 +114,74 @@ def test_several_gradients_at_once(rows, hidden, call):
             assert not g.requires_grad
 
 
+def chained(flow):
+    """Values whose rows depend on the flow's own parameters."""
+    seeded = torch.Generator().manual_seed
+    y, _ = flow.sample_and_log_prob(5, generator=seeded(3))
+    yield flow.log_prob(y).sum()
+    yield flow.inverse(flow(y.detach())[0].sin())[0].square().sum()
+    yield flow.log_prob(flow(y.detach())[0]).sum()
+
+
+@pytest.mark.parametrize("hidden", [6, 200])
+def test_rows_that_depend_on_the_flow_count_once(hidden):
+    flow = nf.NICE(4, hidden=(hidden,), couplings=3, activation="tanh")
+    for i, value in enumerate(chained(flow)):
+        wanted = list(flow.parameters())
+        with nf.set_backend("reference"):
+            want = torch.autograd.grad(list(chained(flow))[i], wanted)
+        for options in ({"retain_graph": True}, {"create_graph": True}):
+            got = torch.autograd.grad(value, wanted, **options)
+            for g, w in zip(got, want, strict=True):
+                assert torch.allclose(g, w, atol=1e-4, rtol=1e-4)
+        (several,) = torch.autograd.grad(
+            value[None], wanted[:1], torch.ones(2, 1), is_grads_batched=True
+        )
+        assert torch.allclose(several[1], want[0], atol=1e-4, rtol=1e-4)
+
+
+def test_hooks_of_parameters_run_once():
+    flow, x = nf.NICE(4, hidden=(6,), couplings=2), torch.randn(5, 4)
+    p = flow.couplings[0].conditioner.linears[0].weight
+    value = flow.log_prob(x).sum()
+    (want,) = torch.autograd.grad(value, p, retain_graph=True)
+    p.register_hook(lambda g: g * 2)
+    for options in ({"retain_graph": True}, {"create_graph": True}):
+        assert torch.allclose(torch.autograd.grad(value, p, **options)[0], 2 * want, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [6, 200])
+def test_the_tangent_of_a_cotangent_is_not_dropped(hidden):
+    flow, x = nf.NICE(4, hidden=(hidden,), couplings=2), torch.randn(5, 4, requires_grad=True)
+    value, tangent = flow.log_prob(x), torch.randn(5)
+    (want,) = torch.autograd.grad(value, x, tangent, retain_graph=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(5), tangent)
+        (got,) = torch.autograd.grad(value, x, dual)
+        got = torch.autograd.forward_ad.unpack_dual(got).tangent
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, 2000])
+@pytest.mark.parametrize("hidden", [6, 200])
+@pytest.mark.parametrize("call", ["log_prob", "forward"])
+def test_what_was_kept_goes_with_the_gradient(rows, hidden, call):
+    """A loss that is held, as by who collects losses, holds no activations."""
+    flow, x = nf.NICE(4, hidden=(hidden,), couplings=2), torch.randn(rows, 4)
+    value = getattr(flow, call)(x)
+    value = value if call == "log_prob" else value[0]
+    node = value.grad_fn
+    while not any(hasattr(node, name) for name in ("left", "activations")):
+        node = node.next_functions[0][0]
+    name = "left" if hasattr(node, "left") else "activations"
+    loss = value.sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert getattr(node, name) is None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
 def test_vmap_over_models(backend, device):
     """An ensemble: parameters stacked along a first dimension, log_scale among them."""
     flows = [model(device) for _ in range(3)]

@@ -344,3 +344,16 @@ def test_non_finite_log_scale():
             call(X)
     with pytest.raises(ValueError, match="log_scale must be finite"):
         model.sample(2)
+
+
+@pytest.mark.parametrize("rows", [1, 3000])
+@torch.no_grad()
+def test_a_square_that_overflows_is_no_density_of_zero(rows):
+    """Half of it does not."""
+    model = nf.NICE(2, hidden=(8,), prior="normal", partition="half")
+    for p in model.parameters():
+        p.zero_()
+    x = torch.tensor([[1.9e19, 0.0]]).expand(rows, 2)
+    want = torch.full((rows,), -0.5 * 1.9e19**2)
+    assert torch.allclose(model.log_prob(x), want)
+    assert torch.allclose(nf.functional.scale_log_prob(x, torch.zeros(2), "normal"), want)

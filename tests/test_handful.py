@@ -10,7 +10,7 @@ import nicefast as nf
 from helpers import Operators, assert_three_way, make, strided
 from nicefast import philox
 from nicefast.arrays import MOST, product
-from nicefast.handful import FEW, FEW_OF_MANY_CALLS, SMALL, Handful
+from nicefast.handful import FEW, FEW_OF_MANY_CALLS, NUMBERS, SMALL, SUMMED, Handful
 from nicefast.onepiece import OnePiece
 
 OPTIONS = [
@@ -71,6 +71,14 @@ def test_who_is_served():
     assert kind_of(model, FEW // 32**2 + 1) is OnePiece
     assert kind_of(model, FEW // 32**2 + 1, requires_grad=True) is Handful
     assert "by NumPy" in model.explain(1)
+    deep = make(
+        2, hidden=(4,), couplings=200
+    )  # its activations are rebuilt, and memory is constant
+    assert kind_of(deep, NUMBERS // 1000) is Handful
+    assert kind_of(deep, NUMBERS // 1000 + 1) is not Handful
+    tiny = make(2, hidden=(1,), couplings=1)
+    assert kind_of(tiny, SUMMED) is Handful
+    assert kind_of(tiny, SUMMED + 1) is OnePiece
     assert kind_of(make(6, activation="gelu"), 1) is OnePiece
     with torch.autocast("cpu", torch.bfloat16):
         assert kind_of(model, 1) is OnePiece
@@ -155,9 +163,34 @@ def test_a_parameter_replaced_before_its_gradient_is_another_one():
     weights = [model.couplings[i].conditioner.linears[-1].weight for i in range(2)]
     want = torch.autograd.grad(model.log_prob(x).sum(), weights)
     log_prob = model.log_prob(x)
-    for p in model.couplings.parameters():
+    for p in model.parameters():
         p.data = torch.randn_like(p)
     assert all(map(torch.equal, torch.autograd.grad(log_prob.sum(), weights), want))
+
+
+def _shared(model):
+    model.share_memory()
+
+
+def _resized(model):
+    for p in model.parameters():
+        kept, storage = p.detach().clone(), p.untyped_storage()
+        size = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(size)
+        p.data.copy_(kept)
+
+
+@pytest.mark.parametrize("change", [_shared, _resized])
+def test_the_memory_of_parameters_may_be_exchanged_before_their_gradient(change):
+    model, x = make(6), torch.randn(3, 6)
+    want = torch.autograd.grad(model.log_prob(x).sum(), list(model.parameters()))
+    value = model.log_prob(x).sum()
+    change(model)
+    others = [torch.full((8, 8), torch.nan) for _ in range(200)]  # where parameters were
+    got = torch.autograd.grad(value, list(model.parameters()))
+    assert all(map(torch.equal, got, want))
+    assert len(others) == 200
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "silu", "elu"])
@@ -204,8 +237,10 @@ def test_samples(options):
     assert got.shape == want.shape == (*(() if c is None else (2,)), 5, 6)
     assert torch.allclose(got, want, atol=1e-4)
     assert torch.allclose(got, parts, atol=1e-4)
-    many = 4 * philox.FEW_QUADS // 6 + 1
-    tiny = make(6, hidden=(2,))
+    many = philox.FEW_QUADS // 2 + 1
+    tiny = make(6, hidden=(2,), couplings=1)
+    with torch.no_grad():
+        assert kind_of(tiny, many) is Handful
     assert torch.allclose(
         tiny.sample(many, generator=seeded(2))[:5], tiny.sample(5, generator=seeded(2)), atol=1e-5
     )
@@ -272,6 +307,11 @@ def test_results_are_tensors_like_any():
     for make_one in (lambda: model.log_prob(x), lambda: model(x)[0], lambda: model.sample(3)):
         assert make_one().resize_(100).shape == (100,)
         assert torch.add(torch.zeros(10), 1, out=make_one()).shape == (10,)
+    with torch.enable_grad():
+        x.requires_grad_()
+        model.log_prob(x).sum().backward()
+    for t in (x, *model.parameters()):
+        assert t.grad.resize_(1000).shape == (1000,)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

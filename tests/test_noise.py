@@ -12,7 +12,7 @@ from nicefast import noise, philox, reference
 def test_bits(rows, features, prior):
     log_scale = torch.randn(features)
     assert noise.serves(log_scale, rows)
-    for seed, row_offset in ((0, 0), (2**63 - 1, 2**32 - 3), (12345678901, 2**45)):
+    for seed, row_offset in ((0, 0), (2**63 - 1, 2**32 - 3), (12345678901, 2**45), (5, 2**63 - 1)):
         got = noise.sample_prior(log_scale, rows, seed, prior, row_offset)
         want = reference.sample_prior(log_scale, rows, seed, prior, row_offset)
         assert torch.equal(got.view(torch.int32), want.view(torch.int32))

@@ -242,3 +242,13 @@ def test_what_is_read_within_a_mode_is_not_kept():
     with Operators():
         chain = read(model.couplings, CPU, False)
     assert read(model.couplings, CPU, False) is not chain
+
+
+@torch.no_grad()
+def test_weights_that_are_not_dense_go_layer_by_layer():
+    model, x = make(6).requires_grad_(False), torch.randn(3, 6)
+    want = model.log_prob(x)
+    linear = model.couplings[0].conditioner.linears[0]
+    linear.weight = torch.nn.Parameter(linear.weight.to_sparse_csr(), requires_grad=False)
+    assert "dense" in nf.choose_path(model, x).reason
+    assert torch.allclose(model.log_prob(x), want, atol=1e-5)
