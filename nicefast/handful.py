@@ -216,8 +216,8 @@ class Handful(OnePiece):
             d = pair[1 - side]
             for k in range(len(layers) - 1, -1, -1):
                 weight, h = layers[k][0], own.operands[k]
-                of_bias = torch.from_numpy(d).sum(0) if ones is None else _tensor(ones @ d)
-                found += of_bias, _tensor(product(d.T, h))
+                of_bias = torch.from_numpy(d).sum(0) if ones is None else torch.from_numpy(ones @ d)
+                found += of_bias, torch.from_numpy(product(d.T, h))  # which have their own memory
                 if k == 0 and index == 0 and not wants_x and c is None:
                     break
                 d = product(d, weight.T)
@@ -254,5 +254,6 @@ class Handful(OnePiece):
 
 
 def _tensor(a: Array) -> Tensor:
-    """A copy: NumPy's memory could never be resized."""
+    """A copy: NumPy's memory could never be resized. (That of parameters' gradients cannot: so many
+    copies would cost a tenth of a training step.)"""
     return torch.from_numpy(a).clone()
