@@ -1,6 +1,6 @@
 # make demo   train a NICE on real digits and show what it learnt; score a million rows with it
 # make test   every kernel and everything above it against the reference; no GPU needed
-# make bench  how fast NICE runs on this machine, against whom, how near to its limit; ten minutes
+# make bench  how fast NICE runs on this machine, against whom, how near to its limit; a quarter to half an hour
 # make check  style, types, and the rule that imports run downwards
 
 PYTHON ?= python3

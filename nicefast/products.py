@@ -30,6 +30,7 @@ LEAST_FLOPS = 1 << 30  # below this, a batch is not worth the hand-over to threa
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
 ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this;
+ONEDNN_WEIGHT_OF_FEW = 1 << 18  # numbers, from which the last product is worth it all the same;
 ONEDNN_ROWS_OF_NARROW = 1 << 12  # of narrow flows always;
 ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept of few rows, and back
 LARGE = 2.0**100  # of a bound: numbers below it are finite, however the bound was rounded
@@ -168,6 +169,7 @@ class Products:
         self.activation = ACTIVATIONS[chain.activation]
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
         self.onednn = device.type == "cpu" and linear_pointwise is not None
+        self.counted = torch._C._len_torch_dispatch_stack() > 0
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
@@ -215,8 +217,7 @@ class Products:
     def _shifted(self, x2: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``x2 + h W^T + b``; back, what is added has the opposite sign, to the last bit."""
         fuses = self._fuses(weight, h)
-        # of wide flows always: nothing but products, however few rows there are
-        at_once = fuses or (self.onednn and not (self.narrow or self.training))
+        at_once = fuses or self._sums_at_once(weight)
         if at_once and not self.inverse and x2.dtype == self.dtype:
             return linear_pointwise.binary(h, x2, weight, bias, "add")
         if fuses or x2.dtype != self.dtype:
@@ -261,6 +262,13 @@ class Products:
         else:
             least = ONEDNN_FLOPS if rows >= ONEDNN_ROWS else ONEDNN_FLOPS_OF_FEW
         return self.onednn and 2 * weight.numel() * rows >= least
+
+    def _sums_at_once(self, weight: Tensor) -> bool:
+        """Whether oneDNN takes a last product all the same, with the sum: with few rows that is
+        slower unless weights are large, but who counts operators is to see products alone."""
+        if not self.onednn or self.narrow or self.training:
+            return False
+        return self.counted or weight.numel() >= ONEDNN_WEIGHT_OF_FEW
 
     def _fuses_back(self, weight: Tensor, d: Tensor) -> bool:
         """Whether oneDNN takes the product that leads back through a layer."""
