@@ -25,6 +25,7 @@ class Split(Protocol):
 
 
 def check_rows(chain: Chain, x: Tensor, context: Tensor | None) -> None:
+    """Rows (N, D) in float32 and their context (N, K), as the chain takes them."""
     check_tensor("x", x)
     if x.dtype != torch.float32:
         raise TypeError(f"x must be float32, got {x.dtype}")
@@ -47,6 +48,7 @@ def check_rows(chain: Chain, x: Tensor, context: Tensor | None) -> None:
 
 
 def check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:
+    """Rows h (..., D), log_scale (D,), and a prior that is known."""
     check_tensor("h", h)
     check_tensor("log_scale", log_scale)
     check_prior(prior)
@@ -61,16 +63,19 @@ def check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:
 
 
 def check_count(name: str, count: int, least: int = 0) -> None:
+    """An integer, at least ``least``."""
     if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
 
 
 def check_seed(seed: int) -> None:
+    """0 <= seed < 2^63."""
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
 
 
 def check_levels(levels: Tensor, k: int | None, low: float, high: float) -> None:
+    """Integer levels (N, ...), their number, and the range they are brought to."""
     if not isinstance(levels, Tensor):
         raise TypeError(f"levels must be a torch.Tensor, got {type(levels).__name__}")
     if levels.dtype not in LEVELS:
@@ -93,6 +98,7 @@ def check_levels(levels: Tensor, k: int | None, low: float, high: float) -> None
 def check_coupling(
     x: Tensor, shift: Tensor, partition: Split, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """``x`` (..., D) and the shift (..., S), expanded to it; with a bias (S,) or none."""
     check_features("x", x, partition)
     check_tensor("shift", shift)
     count = partition.locate(x.device).size
@@ -124,6 +130,7 @@ def _wrong_shift(shift: Tensor, expected: tuple[int, ...]) -> ValueError:
 
 
 def check_features(name: str, x: Tensor, partition: Split) -> None:
+    """``x`` (..., D) with the features that the partition splits."""
     check_tensor(name, x)
     if not hasattr(partition, "locate"):
         raise TypeError(f"partition must be a nicefast.Partition, got {type(partition).__name__}")
@@ -135,6 +142,7 @@ def check_features(name: str, x: Tensor, partition: Split) -> None:
 
 
 def check_tensor(name: str, x: Tensor) -> None:
+    """A tensor of floating-point numbers of 16 bits or more."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point or x.element_size() < 2:
@@ -142,5 +150,6 @@ def check_tensor(name: str, x: Tensor) -> None:
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """Both tensors on one device."""
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, where x is, got {x.device}")

@@ -6,7 +6,6 @@ Logarithms and the like have not: they are PyTorch's.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .philox import FEW_QUADS, philox_of_few
+from .reference import box_muller
 
 Array = Any  # of NumPy
 
@@ -44,11 +44,7 @@ def _logistic(bits: Array) -> Tensor:
 
 
 def _normal(bits: Array) -> Tensor:
-    u = torch.from_numpy(_unit(bits.view(np.uint32), 2.0**-32))
-    radius = torch.log(u[:, 0::2]).mul_(-2.0).sqrt_()
-    angle = 2 * math.pi * u[:, 1::2]
-    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
-    return z.view(bits.shape)
+    return box_muller(torch.from_numpy(_unit(bits.view(np.uint32), 2.0**-32)))
 
 
 def _unit(bits: Array, scale: float) -> Array:

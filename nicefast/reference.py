@@ -252,11 +252,20 @@ def prior_noise(rows: Tensor, features: int, seed: int, prior: str, dtype: torch
         t = torch.log((2.0 - w).div_(w))
         z = t.mul_(high.to(dtype).add_(0.5).sign_())
     else:
-        u = unit(high, 2.0**-32)
-        radius = torch.log(u[:, 0::2]).mul_(-2.0).sqrt_()
-        angle = 2 * math.pi * u[:, 1::2]
-        z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
+        z = box_muller(unit(high, 2.0**-32))
     return z.view(high.shape)[:, :features]
+
+
+def box_muller(u: Tensor) -> Tensor:
+    """Standard normal noise (N, D) of uniform numbers ``u`` (N, D), D even, in (0, 1], by pairs.
+
+    >>> import torch, nicefast as nf
+    >>> nf.reference.box_muller(torch.tensor([[1.0, 0.5]])).abs()
+    tensor([[0., 0.]])
+    """
+    radius = torch.log(u[:, 0::2]).mul_(-2.0).sqrt_()
+    angle = 2 * math.pi * u[:, 1::2]
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).view(u.shape)
 
 
 def dequantise(
