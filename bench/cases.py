@@ -138,12 +138,16 @@ def output(dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.cache
-def tile_widths(itemsize: int) -> dict[Tile, list[int]]:
-    """Every tile that can be launched, with all widths that get it."""
+def tile_widths(itemsize: int) -> dict[Tile, tuple[list[int], list[int]]]:
+    """Every tile that can be launched, with the widths that get it: those that are multiples of 16
+    bytes, and those that are odd (where there are none of a kind, all)."""
     widths: dict[Tile, list[int]] = {}
     for width in WIDTHS:
         widths.setdefault(tile(width, itemsize), []).append(width)
-    return widths
+    return {
+        t: ([w for w in own if w * itemsize % 16 == 0] or own, [w for w in own if w % 2] or own)
+        for t, own in widths.items()
+    }
 
 
 def cases(
@@ -165,10 +169,8 @@ def cases(
         for (position, arch), (dtype, real) in itertools.product(
             enumerate(TARGETS), dtypes.items()
         ):
-            for t, widths in tile_widths(output(real).itemsize).items():
+            for t, (aligned, odd) in tile_widths(output(real).itemsize).items():
                 turn += 1
-                aligned = [w for w in widths if w * output(real).itemsize % 16 == 0] or widths
-                odd = [w for w in widths if w % 2] or widths
                 hand = [(v, aligned) for v in (wide if full else [next(wide_deal)])]
                 # dear, and asked for less: each tile on one architecture
                 if full or (turn + position) % len(TARGETS) == 0:

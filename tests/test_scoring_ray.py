@@ -27,11 +27,13 @@ def flow(features=6):
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # other tests would leave its workers no time
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes as Linux names them")
