@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .chain import Chain
-from .narrow import NarrowFlow
-from .onepiece import OnePiece
+from .fused.blockwise import Activations, couple, couple_backward, cut
+from .fused.chain import Chain
+from .fused.narrow import NarrowFlow
+from .fused.onepiece import OnePiece
+from .fused.whole import WholeFlow
 from .ops import columns_of
-from .products import Activations, couple, couple_backward, cut
 from .reference import at_least_float32
-from .whole import WholeFlow
 
 
 class AdditiveCoupling(Function):

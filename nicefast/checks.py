@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .chain import Chain
+from .fused.chain import Chain
 from .ops import Features
 from .reference import check_prior
 
@@ -45,6 +45,42 @@ def check_rows(chain: Chain, x: Tensor, context: Tensor | None) -> None:
                 f"context must have shape ({len(x)}, {chain.context}), got {tuple(context.shape)}"
             )
         check_device("context", context, x)
+
+
+def check_events(name: str, x: Tensor, event_shape: torch.Size, device: torch.device) -> None:
+    """Data or latents (..., \\*event_shape) of a flow on ``device``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be floating point, got {x.dtype}: convert it first, "
+            f"and dequantise integer levels by adding noise"
+        )
+    if tuple(x.shape[x.ndim - len(event_shape) :]) != tuple(event_shape):
+        shape = ", ".join(map(str, event_shape))
+        raise ValueError(f"{name} must have shape (..., {shape}), got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, where the flow is, got {x.device}")
+
+
+def check_context(context: Tensor | None, features: int, device: torch.device) -> None:
+    """A context (..., K) of a flow on ``device`` that takes so many features, or none."""
+    if context is None:
+        if features:
+            raise ValueError(f"context must be given: the flow takes {features} context features")
+        return
+    if not isinstance(context, Tensor) or not context.dtype.is_floating_point:
+        kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        raise TypeError(f"context must be a floating-point tensor, got {kind}")
+    if context.ndim < 1 or context.shape[-1] != features or not features:
+        raise ValueError(
+            f"context must have {features} features in its last dimension, "
+            f"got shape {tuple(context.shape)}"
+            if features
+            else f"context was given ({tuple(context.shape)}) to a flow without context"
+        )
+    if context.device != device:
+        raise ValueError(f"context must be on {device}, where the flow is, got {context.device}")
 
 
 def check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from . import backend, exact, priors, reversible
 from . import functional as F  # noqa: N812
-from .checks import check_count
+from .checks import check_context, check_count, check_events
 from .distributions import FlowDistribution, FlowTransform
 from .graphs import METHODS, GraphedFlow
 from .layers import MLP, AdditiveCoupling, Scaling
@@ -382,27 +382,7 @@ class NICE(nn.Module):
 
     def check_context(self, context: Tensor | None) -> None:
         """TypeError or ValueError for a context that this flow does not take."""
-        if context is None:
-            if self.context:
-                raise ValueError(
-                    f"context must be given: the flow takes {self.context} context features"
-                )
-            return
-        if not isinstance(context, Tensor) or not context.dtype.is_floating_point:
-            kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
-            raise TypeError(f"context must be a floating-point tensor, got {kind}")
-        if context.ndim < 1 or context.shape[-1] != self.context or not self.context:
-            raise ValueError(
-                f"context must have {self.context} features in its last dimension, "
-                f"got shape {tuple(context.shape)}"
-                if self.context
-                else f"context was given ({tuple(context.shape)}) to a flow without context"
-            )
-        if context.device != self.scaling.log_scale.device:
-            raise ValueError(
-                f"context must be on {self.scaling.log_scale.device}, where the flow is, "
-                f"got {context.device}"
-            )
+        check_context(context, self.context, self.scaling.log_scale.device)
 
     def _couple(
         self, path: Path, h: Tensor, context: Tensor | None, inverse: bool = False
@@ -430,21 +410,7 @@ class NICE(nn.Module):
 
     def rows(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x as (N, D) and the context as (N, K), checked, in at least float32."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(
-                f"{name} must be floating point, got {x.dtype}: convert it first, "
-                f"and dequantise integer levels by adding noise"
-            )
-        if tuple(x.shape[x.ndim - len(self.event_shape) :]) != tuple(self.event_shape):
-            shape = ", ".join(map(str, self.event_shape))
-            raise ValueError(f"{name} must have shape (..., {shape}), got {tuple(x.shape)}")
-        if x.device != self.scaling.log_scale.device:
-            raise ValueError(
-                f"{name} must be on {self.scaling.log_scale.device}, where the flow is, "
-                f"got {x.device}"
-            )
+        check_events(name, x, self.event_shape, self.scaling.log_scale.device)
         self.check_context(context)
         batch = self._batch_shape(x)
         rows = x.reshape(math.prod(batch), self.features).to(at_least_float32(x.dtype))

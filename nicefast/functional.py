@@ -12,8 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, products, reference
-from .chain import Chain
+from . import autograd, reference
 from .checks import (
     Split,
     check_count,
@@ -25,11 +24,13 @@ from .checks import (
     check_seed,
     check_tensor,
 )
-from .narrow import NarrowFlow
-from .onepiece import OnePiece
+from .fused import blockwise
+from .fused.chain import Chain
+from .fused.narrow import NarrowFlow
+from .fused.onepiece import OnePiece
+from .fused.whole import WholeFlow
 from .ops import check_log_scale
 from .reference import check_prior
-from .whole import WholeFlow
 
 
 def additive_coupling(
@@ -375,7 +376,7 @@ def couple(
         return autograd.Couple.apply(chain, flow, inverse, x, context, *parameters)
     if flow is not None:
         return flow.couple(x, context, inverse)
-    return products.couple(chain, x, context, inverse)
+    return blockwise.couple(chain, x, context, inverse)
 
 
 def flow_log_prob(

@@ -2,11 +2,10 @@
 
     whole flow       one kernel launch from x to log_prob (nicefast.kernels.flow): where kernels
                      run, for narrow MLPs
-    products         the couplings as nothing but matrix products (nicefast.products): on the CPU
-                     a handful of rows by NumPy (nicefast.handful), small batches, and those whose
-                     activations are kept, in one piece (nicefast.onepiece), others in blocks of
-                     rows that stay in the cache, those of narrow flows on their side
-                     (nicefast.narrow)
+    products         the couplings as nothing but matrix products (nicefast.fused.blockwise): on the
+                     CPU a handful of rows by NumPy (handful), small batches, and those whose
+                     activations are kept, in one piece (onepiece), others in blocks of rows that
+                     stay in the cache, those of narrow flows on their side (narrow)
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
 
 A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user
@@ -23,15 +22,15 @@ from torch import Tensor, nn
 
 from . import backend
 from . import functional as F  # noqa: N812
-from .chain import Chain
-from .handful import Handful
+from .fused.blockwise import cut
+from .fused.chain import Chain
+from .fused.handful import Handful
+from .fused.narrow import NarrowFlow
+from .fused.onepiece import OnePiece
+from .fused.whole import WholeFlow
 from .layers import PLAIN, Scaling, is_watched, plain_layers
-from .narrow import NarrowFlow
-from .onepiece import OnePiece
-from .products import cut
 from .reading import read
 from .roofline import DEVICES, ceilings, layers_work
-from .whole import WholeFlow
 
 SERVED = ("cpu", "cuda")
 # of make_fx(pre_dispatch=True), say; not in every build

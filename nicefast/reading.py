@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .chain import NARROW, Chain, Layers
+from .fused.chain import NARROW, Chain, Layers
 from .layers import HOOKS, MLP, AdditiveCoupling, is_watched, plain_layers
 
 REBUILD_WIDTH = NARROW  # up to this hidden width the backward pass rebuilds activations

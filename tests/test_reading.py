@@ -10,7 +10,7 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, make
-from nicefast.chain import Chain
+from nicefast.fused.chain import Chain
 from nicefast.reading import _PLACE, read
 
 CPU = torch.device("cpu")

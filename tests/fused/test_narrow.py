@@ -7,8 +7,8 @@ import torch
 
 import nicefast as nf
 from helpers import assert_three_way, make, strided
-from nicefast import handful, narrow, onepiece
 from nicefast.blocks import Blocks
+from nicefast.fused import handful, narrow, onepiece
 
 
 @pytest.fixture(autouse=True)

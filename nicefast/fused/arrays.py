@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ..ops import columns_of
 from .chain import Chain
-from .ops import columns_of
 
 Array = Any  # of NumPy, in float32
 # multiplications of one product: with more, NumPy's library may start threads, which get into the
@@ -22,7 +22,7 @@ MOST = 1 << 18
 
 class Activation(NamedTuple):
     """In place; its gradient, written over the first argument; see
-    :class:`nicefast.chain.Activation`."""
+    :class:`nicefast.fused.chain.Activation`."""
 
     apply_: Callable[[Array], object]
     backward_: Callable[[Array, Array], object]

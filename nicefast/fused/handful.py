@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import noise, reference
+from .. import noise, reference
+from ..ops import check_log_scale
 from .arrays import ACTIVATIONS, MOST, Array, Arrays, array, product
 from .casts import forget_casts
 from .chain import Chain
 from .onepiece import OnePiece, empty
-from .ops import check_log_scale
 from .sums import Gradients
 
 SMALL = 1 << 16  # numbers of a weight: larger ones take their time whoever is called
@@ -31,7 +31,7 @@ ADDED = 64  # most of all where it has nothing to do but to add
 
 
 class _Kept(NamedTuple):
-    """As :class:`nicefast.products.Kept`."""
+    """As :class:`nicefast.fused.products.Kept`."""
 
     operands: list[Array]
     inputs: list[Array]
@@ -48,7 +48,7 @@ class _Left(NamedTuple):
 
 @dataclass(frozen=True)
 class Handful(OnePiece):
-    """As :class:`nicefast.onepiece.OnePiece`; by NumPy, where no operator is to be seen."""
+    """As :class:`nicefast.fused.onepiece.OnePiece`; by NumPy, where no operator is to be seen."""
 
     @staticmethod
     def serves(chain: Chain, rows: int, recorded: bool) -> bool:

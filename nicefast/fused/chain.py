@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import Features, columns_of
+from ..ops import Features, columns_of
 
 NARROW = 128  # hidden units, at most
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner

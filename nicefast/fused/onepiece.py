@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import likelihood
-from .blocks import alone
+from .. import likelihood
+from ..blocks import alone
+from ..ops import check_log_scale
+from .blockwise import go_alone
 from .casts import with_casts
 from .chain import Chain, put_together, take_apart
-from .ops import check_log_scale
-from .products import Kept, Products, go_alone
+from .products import Kept, Products
 from .sums import Gradients
 
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks

@@ -1,6 +1,6 @@
 """Blocks of rows laid on their side, and the layers of narrow couplings as products with them.
 
-See :mod:`nicefast.narrow`, which cuts a batch into such blocks.
+See :mod:`nicefast.fused.narrow`, which cuts a batch into such blocks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import columns_of
 from .chain import ACTIVATIONS, Chain, linear_pointwise
-from .ops import columns_of
 from .sums import Sum
 
 FEW = 16  # with fewer rows or columns, oneDNN's packing of a matrix costs more than it gains,

@@ -11,10 +11,10 @@ column of its weights: a layer is one product. Of the batch only x is read from 
 result written; in between, the same buffers serve block after block.
 
 The gradient rebuilds activations a block at a time, from the chain's input (see
-:mod:`nicefast.products`): what is stored does not grow with the number of couplings. In training
-there is no need to: where the last two log_probs of a flow were each followed by a gradient that is
-the same for every row, as that of a mean is, the next one takes each block forwards and back at
-once, and its gradient, when it comes, is a factor.
+:mod:`nicefast.fused.blockwise`): what is stored does not grow with the number of couplings. In
+training there is no need to: where the last two log_probs of a flow were each followed by a
+gradient that is the same for every row, as that of a mean is, the next one takes each block
+forwards and back at once, and its gradient, when it comes, is a factor.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import likelihood
-from .blocks import Blocks
+from .. import likelihood
+from ..blocks import Blocks
+from ..ops import check_log_scale, columns_of
+from .blockwise import REBUILT_ELEMENTS
 from .chain import Chain
-from .ops import check_log_scale, columns_of
-from .products import REBUILT_ELEMENTS
 from .sideways import Block, Columns
 from .sums import Gradients, Sum, merge
 

@@ -9,9 +9,9 @@ import torch
 import nicefast as nf
 from helpers import Operators, assert_three_way, make, strided
 from nicefast import philox
-from nicefast.arrays import MOST, product
-from nicefast.handful import FEW, FEW_OF_MANY_CALLS, NUMBERS, SMALL, SUMMED, Handful
-from nicefast.onepiece import OnePiece
+from nicefast.fused.arrays import MOST, product
+from nicefast.fused.handful import FEW, FEW_OF_MANY_CALLS, NUMBERS, SMALL, SUMMED, Handful
+from nicefast.fused.onepiece import OnePiece
 
 OPTIONS = [
     {},

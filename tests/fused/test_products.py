@@ -12,8 +12,8 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, assert_three_way
-from nicefast import handful, narrow, onepiece, products
 from nicefast.blocks import Blocks, _openmp
+from nicefast.fused import blockwise, handful, narrow, onepiece, products
 from nicefast.reference import ACTIVATIONS
 
 
@@ -26,11 +26,11 @@ def no_batch_is_a_handful(monkeypatch):
 def blocks(request, monkeypatch):
     """Batches of these tests in one block, or in many that several threads compute."""
     if request.param == "many blocks":
-        monkeypatch.setattr(products, "BLOCK_BYTES", 8192)
+        monkeypatch.setattr(blockwise, "BLOCK_BYTES", 8192)
         monkeypatch.setattr(narrow, "BLOCK_ELEMENTS", 2048)
-        for module in (products, narrow):
+        for module in (blockwise, narrow):
             monkeypatch.setattr(module, "LEAST_FLOPS", 0)
-        monkeypatch.setattr(products, "ROWS_PER_WIDTH", 0)
+        monkeypatch.setattr(blockwise, "ROWS_PER_WIDTH", 0)
 
 
 @pytest.fixture(params=["one piece", "rebuilt", "rebuilt row by row", "kept"])
@@ -266,9 +266,9 @@ def test_the_gradient_is_made_of_relu_s_own_zeros(monkeypatch, least):
     model = make(40, hidden=(150, 150), couplings=2)
     x = torch.randn(300, 40)
     chain = nf.choose_path(model, x).chain
-    activations = products.Activations(products.cut(chain, len(x), x.device, training=True))
+    activations = blockwise.Activations(blockwise.cut(chain, len(x), x.device, training=True))
     with torch.no_grad():
-        products.couple(chain, x, None, False, activations)
+        blockwise.couple(chain, x, None, False, activations)
     hidden = [h for kept in activations.kept[0] for h in kept.operands[1:]]
     assert len(hidden) == 4
     assert all((h >= 0).all() and (h == 0).any() for h in hidden)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import backend
+from .. import backend
+from ..ops import check_log_scale, columns_of
 from .chain import Chain
-from .ops import check_log_scale, columns_of
 from .versions import Version, version
 
 

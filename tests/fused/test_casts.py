@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from nicefast import casts, onepiece, products
+from nicefast.fused import blockwise, casts, onepiece
 
 X = torch.randn(40, 12)
 
@@ -189,13 +189,13 @@ def test_where_autocast_keeps_nothing(why):
 
 def test_threads_throw_nothing_away(monkeypatch):
     """To leave a block of autocast, in any thread, is to throw away what was cast in all."""
-    monkeypatch.setattr(products, "LEAST_FLOPS", 0)
-    monkeypatch.setattr(products, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(products, "ROWS_PER_WIDTH", 0)
+    monkeypatch.setattr(blockwise, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(blockwise, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(blockwise, "ROWS_PER_WIDTH", 0)
     monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
     model = make(hidden=(16,))
     with torch.no_grad(), autocast():
         before = casts._cast_of(casts._block.own)
-        assert len(products.cut(nf.choose_path(model, X).chain, 40, X.device)) > 1
+        assert len(blockwise.cut(nf.choose_path(model, X).chain, 40, X.device)) > 1
         model.log_prob(X)
         assert casts._cast_of(casts._block.own).data_ptr() == before.data_ptr()
