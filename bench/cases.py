@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling
+from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling, sides
 from nicefast.kernels.tile import Tile, tile
 from nicefast.partition import Partition
 
@@ -51,6 +51,7 @@ ROWS = (1_000_000, 1000)  # tensors beyond and below 2 GiB, which AMD's back end
 PRIOR = ("logistic", "normal")
 WIDE_LAYOUTS = ("dense", "strided")
 NARROW_LAYOUTS = ("dense", "ragged", "offset", "transposed", "expanded")
+BIASES = ("none", "first", "second", "both")
 
 _COUPLE: dict[str, tuple[Any, ...]] = {
     "side": SIDE,
@@ -85,8 +86,26 @@ VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "rows": ROWS,
         "row_offset": (0, 77),
     },
+    "enter_kernel": {
+        "sides": SIDE,
+        "biases": BIASES,
+        "scaled": FLAG,
+        "inverse": FLAG,
+        "rows": ROWS,
+    },
+    "add_kernel": {"biases": BIASES[1:], "inverse": FLAG, "rows": ROWS},
+    "leave_kernel": {
+        "sides": SIDE,
+        "biases": BIASES,
+        "outputs": ("log_prob", "z", "both", "coupled"),
+        "prior": PRIOR,
+        "inverse": FLAG,
+        "rows": ROWS,
+    },
 }
 KERNELS = tuple(VARIANTS)
+# whose input is what another one has made, or none
+DENSE_ALONE = ("sample_fwd_kernel", "add_kernel", "leave_kernel")
 # these spilled: gathers of 2-byte types need the most registers (sampled from the full product)
 SPILLED = (
     ("couple_inplace_kernel", "sm_80", "fp16", 8, "random True False same strided 1000000 ragged"),
@@ -102,7 +121,12 @@ _MODULES = {
     "sample": sampling,
     "dequantise": dequantise,
     "flow": flow,
+    "enter": sides,
+    "add": sides,
+    "leave": sides,
 }
+
+_OF_BOTH_SIDES = ("couple_kernel", "enter_kernel", "add_kernel", "leave_kernel")
 
 # one access of a kernel: "load" or "store", the tensor, first feature touched, how many
 Access = tuple[str, Tensor, int, int]
@@ -130,6 +154,13 @@ class Case:
         variant = " ".join(f"{k}={v}" for k, v in self.variant)
         size = f"{self.tile.rows}x{self.tile.columns} width={self.width}"
         return f"{self.kernel} {self.arch} {self.dtype} {size} {variant}"
+
+
+def dtypes_of(kernel: str) -> dict[str, torch.dtype]:
+    """Those of the tensors that a kernel reads."""
+    if _MODULES[kernel.partition("_")[0]] is sides:
+        return {"fp32": torch.float32}
+    return LEVELS if kernel == "dequantise_kernel" else DTYPES
 
 
 def output(dtype: torch.dtype) -> torch.dtype:
@@ -165,9 +196,8 @@ def cases(
                 case = _case(kernel, arch, dtype, width, _parse(kernel, text))
                 seen.add(case.name)
                 yield case
-        dtypes = LEVELS if kernel == "dequantise_kernel" else DTYPES
         for (position, arch), (dtype, real) in itertools.product(
-            enumerate(TARGETS), dtypes.items()
+            enumerate(TARGETS), dtypes_of(kernel).items()
         ):
             for t, (aligned, odd) in tile_widths(output(real).itemsize).items():
                 turn += 1
@@ -181,7 +211,7 @@ def cases(
                     pick = (turn + turn // 4) % 4
                     width = choice[pick * (len(choice) - 1) // 3]
                     width = t.columns if pick == 1 and t.columns in choice else width
-                    width = max(width, 2) if kernel == "couple_kernel" else width
+                    width = max(width, 2) if kernel in _OF_BOTH_SIDES else width
                     case = _case(kernel, arch, dtype, width, dict(variant))
                     if arch in archs and case.name not in seen:
                         seen.add(case.name)
@@ -284,6 +314,8 @@ def _launch(kernel: str, dtype: torch.dtype, width: int, v: dict[str, Any]) -> l
         loads: list[Access] = [("load", x, 0, d)] * (dtype.itemsize >= 4)
         return [*loads, ("store", tensor(n, d, output(dtype)), 0, d)]
     log_scale = tensor(1, d, partner)[0]
+    if _MODULES[kernel.partition("_")[0]] is sides:
+        return _launch_of_sides(kernel, x, log_scale, v)
     if kernel == "scale_log_prob_fwd_kernel":
         likelihood.scale_log_prob_fwd(x, log_scale, v["prior"], v["with_z"])
         return [("load", x, 0, d)] + [("store", like_x, 0, d)] * v["with_z"]
@@ -294,11 +326,43 @@ def _launch(kernel: str, dtype: torch.dtype, width: int, v: dict[str, Any]) -> l
         likelihood.scale_log_prob_bwd(grad_z, grad, x, log_scale, v["prior"])
         return [("load", x, 0, d)] * (1 + v["with_z"]) + [("store", like_x, 0, d)]
     if kernel == "sample_fwd_kernel":
-        v["layout"] = "dense"  # there is no input to be laid out otherwise
+        v["layout"] = "dense"
         sampling.sample_fwd(log_scale, n, v["row_offset"], 1234567, v["prior"], dtype)
         return [("store", like_x, 0, d)]
     sampling.sample_bwd(x, like_x, dtype)
     return [("load", x, 0, d), ("load", like_x, 0, d)]
+
+
+def _launch_of_sides(kernel: str, x: Tensor, log_scale: Tensor, v: dict[str, Any]) -> list[Access]:
+    """The same for those around a wide flow's products."""
+    n, d = x.shape
+    both = [_features(side, d) for side in _both(v.get("sides", "half"))]
+    wanted = {"none": (), "first": (0,), "second": (1,), "both": (0, 1)}[v["biases"]]
+    biases = tuple(
+        tensor(1, f.size, x.dtype)[0] if i in wanted else None for i, f in enumerate(both)
+    )
+    y = tensor(n, d, x.dtype)
+    whole: list[Access] = [("load", y, 0, d), ("store", y, 0, d)]
+    in_order = v.get("sides", "half") == "half"
+    if kernel == "enter_kernel":
+        sides.enter(x, both, biases, log_scale if v["scaled"] else None, v["inverse"])
+        return [("load", x, 0, d)] * in_order + whole[1:]
+    v["layout"] = "dense"
+    if kernel == "add_kernel":
+        sides.add_(y, both[0].size, biases, v["inverse"])
+        return whole
+    outputs = v["outputs"]
+    sides.leave(
+        y, both, biases, None if outputs == "coupled" else log_scale, v["prior"], v["inverse"],
+        None if outputs == "log_prob" else y,
+        tensor(1, n, x.dtype)[0] if outputs in ("log_prob", "both") else None,
+    )  # fmt: skip
+    return whole[:1] + whole[1:] * (in_order and outputs != "log_prob")
+
+
+def _both(side: str) -> tuple[str, str]:
+    """The other side, then this one: "half" is in the order of features."""
+    return (side[1:], side) if side.startswith("~") else (f"~{side}", side)
 
 
 def tensor(n: int, d: int, dtype: torch.dtype, layout: str = "dense") -> Tensor:

@@ -4,6 +4,7 @@
     likelihood.py   scaling + prior + log-determinant + row sum, and its gradient
     sampling.py     counter-based noise of the prior with the inverse scaling, and its gradient
     dequantise.py   uniform dequantisation: integers and noise in, float32 out
+    sides.py        around a wide flow's products: rows to the partition's sides, biases, and back
     flow.py         a whole flow in one launch: log-density, forward, inverse, sample
     packing.py      a flow's parameters as flow.py reads them; flow_tile.py, which flows it serves
     product.py      matrix products; activation.py, the conditioners' activations; prior.py, the
@@ -22,6 +23,7 @@ from .flow_tile import FlowShape, FlowTile, flow_tile
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
 from .packing import pack
 from .sampling import sample_bwd, sample_fwd
+from .sides import add_, enter, leave
 
 #: True where the kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -30,13 +32,16 @@ __all__ = [
     "INTERPRETED",
     "FlowShape",
     "FlowTile",
+    "add_",
     "couple",
     "couple_",
     "dequantise_fwd",
+    "enter",
     "flow_fwd",
     "flow_inv",
     "flow_sample",
     "flow_tile",
+    "leave",
     "pack",
     "sample_bwd",
     "sample_fwd",

@@ -20,6 +20,7 @@ from .fused.chain import Chain
 from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
 from .fused.whole import WholeFlow
+from .fused.wide import WideFlow
 from .ops import columns_of
 from .reference import at_least_float32
 
@@ -233,7 +234,7 @@ class Couple(Function):
     def forward(
         ctx: Any,
         chain: Chain,
-        flow: WholeFlow | NarrowFlow | OnePiece | None,
+        flow: WholeFlow | WideFlow | NarrowFlow | OnePiece | None,
         inverse: bool,
         x: Tensor,
         context: Tensor | None,

@@ -183,7 +183,7 @@ class NICE(nn.Module):
         else:
             z = self._couple(path, h, c)
             z = z if self.grid is not None else self.scaling(z)[0]
-        return z.view(x.shape), self.log_det(x)
+        return _shaped(z, x.shape), self.log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
@@ -194,7 +194,7 @@ class NICE(nn.Module):
         else:
             h = h if self.grid is not None else self.scaling.inverse(h)[0]
             h = self._couple(path, h, c, inverse=True)
-        return h.view(z.shape), -self.log_det(z)
+        return _shaped(h, z.shape), -self.log_det(z)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Exact log-density of each x, in nats; float32 or wider."""
@@ -207,7 +207,7 @@ class NICE(nn.Module):
         else:
             h = self._couple(path, h, c)
             log_prob = F.scale_log_prob(h, log_scale, self.prior_name)
-        return log_prob.view(self._batch_shape(x))
+        return _shaped(log_prob, self._batch_shape(x))
 
     def cell_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-probability of the grid cell of each x, in nats, <= 0; with a grid alone.
@@ -232,7 +232,7 @@ class NICE(nn.Module):
         h, c = self.rows("x", x, context)
         h = self._couple(choose_path(self, h, c), h, c)
         log_prob = F.cell_log_prob(h, self.scaling.log_scale, self.grid, self.prior_name)
-        return log_prob.view(self._batch_shape(x))
+        return _shaped(log_prob, self._batch_shape(x))
 
     def log_det(self, x: Tensor) -> Tensor:
         """Log-determinant of forward, the same for every x, (...): ``sum(log_scale)``; 0 with a
@@ -410,6 +410,16 @@ class NICE(nn.Module):
 
     def rows(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x as (N, D) and the context as (N, K), checked, in at least float32."""
+        if (
+            type(x) is Tensor
+            and x.dtype is torch.float32
+            and context is None
+            and not self.context
+            and x.ndim == 2
+            and x.shape[1:] == self.event_shape
+            and x.device == self.scaling.log_scale.device
+        ):
+            return x, None  # most calls: small batches feel what else is asked below
         check_events(name, x, self.event_shape, self.scaling.log_scale.device)
         self.check_context(context)
         batch = self._batch_shape(x)
@@ -447,6 +457,11 @@ class NICE(nn.Module):
     def extra_repr(self) -> str:
         grid = "" if self.grid is None else f", grid={self.grid:g}"
         return f"event_shape={tuple(self.event_shape)}, prior={self.prior_name}{grid}"
+
+
+def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """``x`` in this shape; it mostly is, and a view costs a small batch as much as a product."""
+    return x if x.shape == shape else x.view(shape)
 
 
 def _repeat(context: Tensor | None, n: int, start: int, stop: int) -> Tensor | None:

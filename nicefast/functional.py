@@ -29,6 +29,7 @@ from .fused.chain import Chain
 from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
 from .fused.whole import WholeFlow
+from .fused.wide import WideFlow
 from .ops import check_log_scale
 from .reference import check_prior
 
@@ -342,7 +343,7 @@ def couple(
     x: Tensor,
     context: Tensor | None = None,
     inverse: bool = False,
-    flow: WholeFlow | NarrowFlow | OnePiece | None = None,
+    flow: WholeFlow | WideFlow | NarrowFlow | OnePiece | None = None,
 ) -> Tensor:
     """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
 

@@ -5,7 +5,8 @@
     products         the couplings as nothing but matrix products (nicefast.fused.blockwise): on the
                      CPU a handful of rows by NumPy (handful), small batches, and those whose
                      activations are kept, in one piece (onepiece), others in blocks of rows that
-                     stay in the cache, those of narrow flows on their side (narrow)
+                     stay in the cache, those of narrow flows on their side (narrow); on a GPU
+                     between two kernels at the boundary (wide)
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
 
 A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user
@@ -28,11 +29,11 @@ from .fused.handful import Handful
 from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
 from .fused.whole import WholeFlow
+from .fused.wide import WideFlow
 from .layers import PLAIN, Scaling, is_watched, plain_layers
 from .reading import read
 from .roofline import DEVICES, ceilings, layers_work
 
-SERVED = ("cpu", "cuda")
 # of make_fx(pre_dispatch=True), say; not in every build
 _modes_before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", int)
 LAYERS = "layer by layer"
@@ -48,7 +49,7 @@ class Path(NamedTuple):
     name: str
     reason: str
     chain: Chain | None = None
-    fused: WholeFlow | NarrowFlow | OnePiece | None = None
+    fused: WholeFlow | WideFlow | NarrowFlow | OnePiece | None = None
     recorded: bool = False
 
     @property
@@ -64,7 +65,7 @@ class Path(NamedTuple):
     @property
     def differentiable(self) -> NarrowFlow | OnePiece | None:
         """What also has the gradient of log_prob."""
-        return None if isinstance(self.fused, WholeFlow) else self.fused
+        return None if isinstance(self.fused, WholeFlow | WideFlow) else self.fused
 
     def pieces(self, rows: int, device: torch.device) -> str:
         """Tile or blocks, for people."""
@@ -146,7 +147,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     reason = _why_call_needs_layers(x, context)
     if reason is not None:
         return Path(LAYERS, reason)
-    chain = read(flow.couplings, x.device, _uses_bfloat16(x.device))
+    chain = read(flow.couplings, x.device, _uses_bfloat16(x))
     if not isinstance(chain, Chain):
         return Path(LAYERS, chain)
     if (context is None) != (chain.context == 0):
@@ -161,7 +162,9 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
         return Path("whole flow", f"{reason}, and narrow", whole.chain, whole, recorded)
     if backend.interprets(x.device):  # kernels were asked for, and products use none
         return Path(LAYERS, f"no whole-flow kernel: {whole}")
-    return Path("products", f"{reason}; no whole-flow kernel: {whole}", chain, None, recorded)
+    apart = recorded or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None
+    wide = None if apart else WideFlow(chain, flow.prior_name)
+    return Path("products", f"{reason}; no whole-flow kernel: {whole}", chain, wide, recorded)
 
 
 def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
@@ -195,7 +198,7 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
 
 def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow | OnePiece | None:
     """The whole flow in one pass, where a CPU is fastest so."""
-    if x.device.type != "cpu" or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None:
+    if not x.is_cpu or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None:
         return None
     rows = x.shape[0]
     for kind in (Handful, OnePiece):
@@ -240,26 +243,25 @@ def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
     if x.dtype != torch.float32 or (context is not None and context.dtype == torch.float64):
         wide = x if context is None or x.dtype != torch.float32 else context
         return f"{str(wide.dtype).removeprefix('torch.')} rows"
-    if x.device.type not in SERVED:
+    if not (x.is_cpu or x.is_cuda):
         return f"device {x.device}"
     if backend.get_backend() == "reference":
         return "backend 'reference' was asked for"
-    if _autocast(x.device) not in (None, torch.bfloat16):
-        return f"autocast to {_autocast(x.device)}"
+    if _autocast(x) not in (None, torch.bfloat16):
+        return f"autocast to {_autocast(x)}"
     return None
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+def _autocast(x: Tensor) -> torch.dtype | None:
+    kind = "cpu" if x.is_cpu else "cuda"  # what x.device.type is takes many times as long to say
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _uses_bfloat16(device: torch.device) -> bool:
+def _uses_bfloat16(x: Tensor) -> bool:
     """Whether products take bfloat16 operands: by autocast, or by the float32 matmul precision
     ``"medium"`` where the device has instructions for them."""
-    if _autocast(device) is torch.bfloat16:
+    if _autocast(x) is torch.bfloat16:
         return True
     if torch.get_float32_matmul_precision() != "medium":
         return False
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return not x.is_cpu or torch.cpu._is_avx512_bf16_supported()

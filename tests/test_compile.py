@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, whose compiler this is about")
 
 from bench.cases import (
+    DENSE_ALONE,
     DTYPES,
     KERNELS,
     LEVELS,
@@ -24,6 +25,7 @@ from bench.cases import (
     VARIANTS,
     WIDE_LAYOUTS,
     cases,
+    dtypes_of,
     output,
 )
 from bench.flow_cases import KERNELS as FLOW_KERNELS
@@ -109,7 +111,7 @@ def test_cases_cover_every_tile_dtype_and_architecture(monkeypatch):
         (kernel, arch, dtype, t)
         for kernel in KERNELS
         for arch, dtype, t in tiles
-        if (dtype in LEVELS) == (kernel == "dequantise_kernel")
+        if dtype in dtypes_of(kernel)
         # noise comes four features at a time
         if kernel not in {"sample_fwd_kernel", "dequantise_kernel"} or t.columns >= 4
     }
@@ -118,8 +120,8 @@ def test_cases_cover_every_tile_dtype_and_architecture(monkeypatch):
 
 def test_doubles_are_accumulated_in_double_and_the_rest_in_single_precision():
     for c in CASES.values():
-        if c.kernel == "dequantise_kernel":  # to float32, always
-            continue
+        if c.kernel == "dequantise_kernel" or dtypes_of(c.kernel).keys() == {"fp32"}:
+            continue  # to float32, always
         double = c.dtype == "fp64" or (c.kernel.startswith("scale") and "partner=fp64" in c.name)
         assert str(dict(c.constexprs)["ACC"]) == ("fp64" if double else "fp32")
 
@@ -127,7 +129,7 @@ def test_doubles_are_accumulated_in_double_and_the_rest_in_single_precision():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_cases_cover_every_variant_on_every_architecture(kernel):
     wanted = {(flag, v) for flag, values in VARIANTS[kernel].items() for v in values}
-    if kernel != "sample_fwd_kernel":  # which has no input to be laid out
+    if kernel not in DENSE_ALONE:
         wanted |= {("layout", v) for v in WIDE_LAYOUTS + NARROW_LAYOUTS}
     if kernel == "couple_inplace_kernel":
         wanted.remove(("layout", "expanded"))  # an expanded tensor is not written in place
@@ -139,9 +141,9 @@ def test_cases_cover_every_variant_on_every_architecture(kernel):
 
 
 def test_every_kernel_in_the_package_is_checked():
-    from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling
+    from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling, sides
 
-    modules = (coupling, likelihood, sampling, dequantise, flow)
+    modules = (coupling, likelihood, sampling, dequantise, flow, sides)
     kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
     assert kernels == {*KERNELS, *FLOW_KERNELS}
 
@@ -154,9 +156,9 @@ def test_width_is_asked_of_every_tile_that_can_have_it():
         asked[key] = max(loads, c.wide_loads), max(stores, c.wide_stores)
     for (kernel, _, dtype, t), (loads, stores) in asked.items():
         wide = t.columns * output((DTYPES | LEVELS)[dtype]).itemsize >= 16
-        if kernel in {"couple_kernel", "scale_log_prob_bwd_kernel"}:
+        if kernel in {"couple_kernel", "scale_log_prob_bwd_kernel", "enter_kernel", "add_kernel"}:
             assert (loads > 0) == (stores > 0) == wide
-        elif kernel in {"scale_log_prob_fwd_kernel", "sample_bwd_kernel"}:
+        elif kernel in {"scale_log_prob_fwd_kernel", "sample_bwd_kernel", "leave_kernel"}:
             assert (loads > 0) == wide
         elif kernel in {"sample_fwd_kernel", "dequantise_kernel"}:
             assert (stores > 0) == wide

@@ -93,6 +93,15 @@ class Products:
             if to_the_end or index != self.steps[-1]:
                 pair[1 - side] = self._shifted(pair[1 - side], h, *self.layers[index][-1])
 
+    def shift_(self, x1: Tensor, x2: Tensor, index: int, context: Tensor | None) -> None:
+        """Coupling ``index`` without its last bias, to ``x2``, wherever that lies."""
+        h = self._hidden(index, x1, None if context is None else self._operand(context), None)
+        weight, sign = self.layers[index][-1][0], -1 if self.inverse else 1
+        if h.dtype == x2.dtype:
+            x2.addmm_(h, weight.t(), alpha=sign)
+        else:
+            x2.add_(torch.mm(h, weight.t()), alpha=sign)
+
     def _shifted(self, x2: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``x2 + h W^T + b``; back, what is added has the opposite sign, to the last bit."""
         fuses = self._fuses(weight, h)

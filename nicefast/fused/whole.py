@@ -51,15 +51,16 @@ class WholeFlow:
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_fwd
+            scale = log_scale.contiguous()
             packed = self.packed()
-            return run(x, context, packed, log_scale, self.shape, self.tile, want_z, want_log_prob)
+            return run(x, context, packed, scale, self.shape, self.tile, want_z, want_log_prob)
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
         """x of rows z (N, D)."""
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_inv
-            return run(z, context, self.packed(), log_scale, self.shape, self.tile)
+            return run(z, context, self.packed(), log_scale.contiguous(), self.shape, self.tile)
 
     def sample(
         self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
@@ -68,8 +69,8 @@ class WholeFlow:
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_sample
-            packed = self.packed()
-            return run(n, row_offset, seed, context, packed, log_scale, self.shape, self.tile)
+            packed, scale = self.packed(), log_scale.contiguous()
+            return run(n, row_offset, seed, context, packed, scale, self.shape, self.tile)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         """Through the couplings alone: log_scale = 0, and exp(0) x is x to the last bit."""
