@@ -33,7 +33,8 @@ from nicefast.kernels.flow_tile import (
 )
 from nicefast.kernels.tile import Tile
 
-from .cases import ROWS, TARGETS, Case, Recorder, specialise, tensor
+from .cases import ROWS, Case
+from .launches import TARGETS, Recorder, specialise, tensor
 
 # what a matrix instruction is called in the assembly; any of them will do
 PRODUCTS = {

@@ -35,8 +35,9 @@ from nicefast.kernels import INTERPRETED
 
 from . import cases as elementwise
 from . import flow_cases
-from .cases import TARGETS, Case, jit_function
+from .cases import Case
 from .flow_cases import FlowCase
+from .launches import TARGETS, jit_function
 
 KERNELS = elementwise.KERNELS + flow_cases.KERNELS
 KIB = 1024

@@ -17,20 +17,17 @@ pytest.importorskip("triton", reason="needs Triton, whose compiler this is about
 
 from bench.cases import (
     DENSE_ALONE,
-    DTYPES,
     KERNELS,
-    LEVELS,
     NARROW_LAYOUTS,
-    TARGETS,
     VARIANTS,
     WIDE_LAYOUTS,
     cases,
     dtypes_of,
-    output,
 )
 from bench.flow_cases import KERNELS as FLOW_KERNELS
 from bench.flow_cases import VARIANTS as FLOW_VARIANTS
 from bench.flow_cases import flow_cases
+from bench.launches import DTYPES, LEVELS, TARGETS, output
 from bench.resources import Resources, problems
 
 ROOT = Path(__file__).parent.parent
@@ -156,11 +153,11 @@ def test_width_is_asked_of_every_tile_that_can_have_it():
         asked[key] = max(loads, c.wide_loads), max(stores, c.wide_stores)
     for (kernel, _, dtype, t), (loads, stores) in asked.items():
         wide = t.columns * output((DTYPES | LEVELS)[dtype]).itemsize >= 16
-        if kernel in {"couple_kernel", "scale_log_prob_bwd_kernel", "enter_kernel", "add_kernel"}:
+        if kernel in {"couple_kernel", "scale_log_prob_bwd_kernel", "add_kernel"}:
             assert (loads > 0) == (stores > 0) == wide
         elif kernel in {"scale_log_prob_fwd_kernel", "sample_bwd_kernel", "leave_kernel"}:
             assert (loads > 0) == wide
-        elif kernel in {"sample_fwd_kernel", "dequantise_kernel"}:
+        elif kernel in {"sample_fwd_kernel", "dequantise_kernel", "enter_kernel"}:
             assert (stores > 0) == wide
 
 
