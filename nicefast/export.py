@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .flow import NICE
-from .layers import AdditiveCoupling, is_watched
+from .layers import AdditiveCoupling, is_plain_scaling, is_watched
 
 METHODS = ("log_prob", "sample")
 
@@ -180,6 +180,11 @@ def _program(
                 f"model must have plain couplings, but coupling {i} is of another class "
                 f"({type(coupling).__name__}), or has hooks or a forward of its own"
             )
+    if not is_plain_scaling(model.scaling):
+        raise ValueError(
+            f"model must have a plain Scaling, but its scaling ({type(model.scaling).__name__}) is "
+            "of another class, or has hooks, a forward or a log_scale of its own"
+        )
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     plain = (_LogProb if method == "log_prob" else _Sample)(frozen).eval()
     given = _example(model, method)

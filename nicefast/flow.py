@@ -16,7 +16,7 @@ from . import functional as F  # noqa: N812
 from .checks import check_context, check_count, check_events
 from .distributions import FlowDistribution, FlowTransform
 from .graphs import METHODS, GraphedFlow
-from .layers import MLP, AdditiveCoupling, Scaling
+from .layers import MLP, AdditiveCoupling, Scaling, is_plain_scaling
 from .partition import Partition, partition_chain
 from .path import Path, choose_path
 from .reference import at_least_float32, check_prior
@@ -182,7 +182,9 @@ class NICE(nn.Module):
             z, _ = path.fused.forward(h, c, self.scaling.log_scale, want_z=True)
         else:
             z = self._couple(path, h, c)
-            z = z if self.grid is not None else self.scaling(z)[0]
+            if self.grid is None:
+                z, log_det = self.scaling(z)
+                return _shaped(z, x.shape), _shaped(log_det, self._batch_shape(x))
         return _shaped(z, x.shape), self.log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -192,8 +194,12 @@ class NICE(nn.Module):
         if path.fused is not None and not path.recorded:
             h = path.fused.inverse(h, c, self.scaling.log_scale)
         else:
-            h = h if self.grid is not None else self.scaling.inverse(h)[0]
+            log_det = None
+            if self.grid is None:
+                h, log_det = self.scaling.inverse(h)
             h = self._couple(path, h, c, inverse=True)
+            if log_det is not None:
+                return _shaped(h, z.shape), _shaped(log_det, self._batch_shape(z))
         return _shaped(h, z.shape), -self.log_det(z)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -206,7 +212,7 @@ class NICE(nn.Module):
             log_prob = F.flow_log_prob(path.differentiable, h, c, log_scale)
         else:
             h = self._couple(path, h, c)
-            log_prob = F.scale_log_prob(h, log_scale, self.prior_name)
+            log_prob = self._log_density(h)
         return _shaped(log_prob, self._batch_shape(x))
 
     def cell_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -296,7 +302,7 @@ class NICE(nn.Module):
         check_count("n", n, 0)
         batch, c = self._sample_context(n, context)
         h = self._noise(math.prod(batch), F.draw_seed(generator), 0)
-        log_prob = F.scale_log_prob(h, self.scaling.log_scale, self.prior_name)
+        log_prob = self._log_density(h)
         c = _repeat(c, n, 0, len(h))
         x = self._couple(choose_path(self, h, c), h, c, inverse=True)
         return x.view(*batch, *self.event_shape), log_prob.view(batch)
@@ -402,6 +408,14 @@ class NICE(nn.Module):
             h, _ = coupling.inverse(h, context) if inverse else coupling(h, context)
         return h
 
+    def _log_density(self, h: Tensor) -> Tensor:
+        """log_prob of rows that come out of the couplings."""
+        log_scale = self.scaling.log_scale
+        if self.grid is not None or is_plain_scaling(self.scaling):
+            return F.scale_log_prob(h, log_scale, self.prior_name)
+        z, log_det = self.scaling(h)  # whatever it does
+        return F.scale_log_prob(z, z.new_zeros(self.features), self.prior_name) + log_det
+
     def _couplings(self) -> list[AdditiveCoupling]:
         return cast("list[AdditiveCoupling]", list(self.couplings))
 
@@ -436,14 +450,17 @@ class NICE(nn.Module):
         return rows, context.reshape(math.prod(batch), self.context)
 
     def _noise(self, n: int, seed: int, row_offset: int) -> Tensor:
+        log_scale = self.scaling.log_scale
+        plain = self.grid is not None or is_plain_scaling(self.scaling)
         h = F.sample_prior(
-            self.scaling.log_scale,
+            log_scale if plain else torch.zeros_like(log_scale),
             n,
             self.prior_name,
             seed=seed,
             row_offset=row_offset,
             dtype=self.dtype,
         )
+        h = h if plain else self.scaling.inverse(h)[0]
         return h if self.grid is None else exact.round_to_grid(h, self.grid)
 
     def _sample_context(

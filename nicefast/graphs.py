@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .layers import Scaling, is_watched
+from .layers import is_plain_scaling
 from .path import Flow, Path, choose_path
 
 METHODS = ("log_prob", "forward", "inverse")
@@ -48,8 +48,7 @@ class GraphedFlow:
         call = getattr(self.flow, self.method)
         rows, c = self.flow.rows("z" if self.method == "inverse" else "x", x, context)
         path = choose_path(self.flow, rows, c)
-        scaling = self.flow.scaling
-        known = path.chain is not None and type(scaling) is Scaling and not is_watched(scaling)
+        known = path.chain is not None and is_plain_scaling(self.flow.scaling)
         if not (known and _can_capture(rows.device) and len(rows)):
             return call(x, context)
         pieces = []

@@ -287,6 +287,11 @@ def is_watched(module: nn.Module) -> bool:
     return any(_hooks(own)) or "forward" in own
 
 
+def is_plain_scaling(scaling: nn.Module) -> bool:
+    """Whether ``log_scale`` alone says what it does."""
+    return type(scaling) is Scaling and not is_watched(scaling) and type(scaling.log_scale) in PLAIN
+
+
 def _dropout(h: Tensor, p: float) -> Tensor:
     """Dropout; on the CPU, p to a multiple of 2^-16: a quarter of a random word decides for a unit,
     where PyTorch's own draw takes several times as long (it does not use threads)."""

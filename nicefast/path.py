@@ -15,8 +15,7 @@ never has to.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +23,14 @@ from torch import Tensor, nn
 from . import backend
 from . import functional as F  # noqa: N812
 from .fused.blockwise import cut
+from .fused.casts import forget_casts
 from .fused.chain import Chain
 from .fused.handful import Handful
 from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
 from .fused.whole import WholeFlow
 from .fused.wide import WideFlow
-from .layers import PLAIN, Scaling, is_watched, plain_layers
+from .layers import PLAIN, Scaling, is_plain_scaling, plain_layers
 from .reading import read
 from .roofline import DEVICES, ceilings, layers_work
 
@@ -142,6 +142,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     >>> nf.choose_path(flow, torch.zeros(1, 4).double()).reason
     'float64 rows'
     """
+    forget_casts()  # of a block of autocast that has ended: every call comes here
     if flow.grid is not None:
         return Path(EXACT, _why_exact(flow, flow.grid))
     reason = _why_call_needs_layers(x, context)
@@ -192,8 +193,7 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     if isinstance(tile, str):
         return tile
     # whatever the width: the kernel leaves no activations
-    rebuilt = chain if chain.rebuild else replace(chain, rebuild=True)
-    return WholeFlow(rebuilt, shape, tile, x.device)
+    return WholeFlow(chain.rebuilding, shape, tile, x.device)
 
 
 def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow | OnePiece | None:
@@ -203,7 +203,7 @@ def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow |
     rows = x.shape[0]
     for kind in (Handful, OnePiece):
         if kind.serves(chain, rows, recorded):
-            return kind(chain.keeping if chain.rebuild else chain, flow.prior_name)
+            return kind(chain.keeping, flow.prior_name)
     if chain.bfloat16 or not chain.rebuild:
         return None
     return NarrowFlow(chain, flow.prior_name)
@@ -211,9 +211,9 @@ def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow |
 
 def _why_scaling_is_apart(scaling: nn.Module, features: int) -> str | None:
     """Why nothing but a call of the module itself can be trusted to scale."""
-    if type(scaling) is not Scaling or is_watched(scaling):
+    if not is_plain_scaling(scaling):
         return "the scaling is a module of its own, or has hooks"
-    log_scale = scaling.log_scale
+    log_scale = cast("Scaling", scaling).log_scale
     if log_scale.dtype != torch.float32 or log_scale.shape != (features,):
         return f"log_scale is {log_scale.dtype} of shape {tuple(log_scale.shape)}"
     return None

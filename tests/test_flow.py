@@ -357,3 +357,53 @@ def test_a_square_that_overflows_is_no_density_of_zero(rows):
     want = torch.full((rows,), -0.5 * 1.9e19**2)
     assert torch.allclose(model.log_prob(x), want)
     assert torch.allclose(nf.functional.scale_log_prob(x, torch.zeros(2), "normal"), want)
+
+
+class Clamped(nf.Scaling):
+    """A scaling of the user's own."""
+
+    def forward(self, h, context=None):
+        s = self.log_scale.clamp(-1, 1)
+        return h * s.exp(), s.sum().expand(h.shape[:-1])
+
+    def inverse(self, z, context=None):
+        s = self.log_scale.clamp(-1, 1)
+        return z * (-s).exp(), -s.sum().expand(z.shape[:-1])
+
+
+@pytest.mark.parametrize("hidden", [(8,), (300,)])
+@pytest.mark.parametrize("rows", [(3,), (2, 2000)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_scaling_of_its_own_is_what_the_flow_computes(hidden, rows, grad):
+    flow, same = make(6, hidden=hidden), make(6, hidden=hidden)
+    same.load_state_dict(flow.state_dict())
+    flow.scaling = Clamped(6)
+    with torch.no_grad():
+        flow.scaling.log_scale.copy_(torch.tensor([2.0, -2, 0.5, 3, 1, 0]))
+        same.scaling.log_scale.copy_(flow.scaling.log_scale.clamp(-1, 1))
+    x = torch.randn(*rows, 6)
+
+    def results(flow):
+        noise = [torch.Generator().manual_seed(1) for _ in range(2)]
+        with torch.set_grad_enabled(grad):
+            return (
+                flow.log_prob(x),
+                *flow(x),
+                *flow.inverse(x),
+                flow.sample(5, generator=noise[0]),
+                *flow.sample_and_log_prob(5, generator=noise[1]),
+            )
+
+    for a, b in zip(results(flow), results(same), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    if grad:
+        flow.log_prob(x).sum().backward()
+        assert flow.scaling.log_scale.grad[[0, 1, 3]].tolist() == [0, 0, 0]
+
+
+def test_hooks_of_the_scaling_run_in_log_prob():
+    flow, seen = make(6), []
+    expected = flow.log_prob(torch.ones(2, 6))
+    flow.scaling.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(flow.log_prob(torch.ones(2, 6)), expected)
+    assert seen

@@ -103,9 +103,12 @@ class _Memory:
 
 
 def array(x: Tensor) -> Array:
-    """A view of a float32 tensor (after ``x.numpy()`` its storage could never be resized); of
-    numbers that are to be taken with the opposite sign, a copy."""
-    return np.asarray(_Memory(x.resolve_neg())) if x.numel() else np.empty(x.shape, np.float32)
+    """A view of a float32 tensor (after ``x.numpy()`` its storage could never be resized); a copy
+    of numbers that are to be taken with the opposite sign, and of zeros without memory."""
+    if not x.numel():
+        return np.empty(x.shape, np.float32)
+    x = x.resolve_neg()
+    return np.asarray(_Memory(x if x.data_ptr() else x.clone()))
 
 
 def product(a: Array, b: Array) -> Array:

@@ -105,7 +105,12 @@ class Chain:
     @cached_property
     def keeping(self) -> Chain:
         """The same, but that activations are kept."""
-        return replace(self, rebuild=False)
+        return replace(self, rebuild=False) if self.rebuild else self
+
+    @cached_property
+    def rebuilding(self) -> Chain:
+        """The same, but that activations are rebuilt."""
+        return self if self.rebuild else replace(self, rebuild=True)
 
     @cached_property
     def products(self) -> int:

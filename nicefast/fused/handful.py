@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import noise, reference
 from ..ops import check_log_scale
 from .arrays import ACTIVATIONS, MOST, Array, Arrays, array, product
-from .casts import forget_casts
 from .chain import Chain
 from .onepiece import OnePiece, empty
 from .sums import Gradients
@@ -168,7 +167,6 @@ class Handful(OnePiece):
     ) -> Array:
         """The rows ``x`` through all couplings, or back through them: to ``to``, whose array is
         returned; what their gradients need, to ``left``."""
-        forget_casts()
         chain, arrays = self.chain, self._arrays() if left is None else left.arrays
         activation = ACTIVATIONS[chain.activation]
         c = None if context is None else array(context.float())

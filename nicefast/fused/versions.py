@@ -1,6 +1,8 @@
-"""Whether a parameter is what it was, as far as PyTorch can tell.
+"""Whether the parameters of a chain are what they were, as far as PyTorch can tell.
 
-What is written through ``p.data`` stays unseen, as it does in PyTorch itself.
+Which tensors they are, the chain itself knows: nothing is kept that refers to them, not even
+weakly, since PyTorch would then refuse to swap them. What is written through ``p.data`` stays
+unseen, as it does in PyTorch itself.
 """
 
 from __future__ import annotations
@@ -8,26 +10,25 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdRef
+
+from .chain import Chain
 
 _steps = 0  # of any optimizer
 
 
 class Version(NamedTuple):
-    """Equal as long as the tensor is the same one, lies where it lay, and was not written to."""
+    """Equal as long as the tensor lies where it lay, and was not written to."""
 
-    tensor: WeakIdRef
     address: int
     writes: int
     steps: int  # fused optimizers count no writes
 
 
-def version(p: Tensor) -> Version:
-    """Of a tensor that counts its writes, as those of inference mode do not."""
+def versions(chain: Chain) -> list[Version]:
+    """Of parameters that count their writes, as those of inference mode do not."""
     _watch_optimizers()
-    return Version(WeakIdRef(p), p.data_ptr(), p._version, _steps)
+    return [Version(p.data_ptr(), p._version, _steps) for p in chain.parameters]
 
 
 @functools.cache

@@ -1,24 +1,25 @@
 """A whole flow as one kernel launch (nicefast.kernels.flow), its parameters packed as they change.
 
-What is packed is kept with the flow's first parameter and filled in again, at the same addresses
-(a captured CUDA graph reads them there), as soon as any parameter is another tensor, lies elsewhere
-or counts another version, and after every optimizer step: fused optimizers count no versions. Only
-what is written through ``p.data`` stays unseen, as it does in PyTorch itself.
+What is packed is kept with the chain, which another takes the place of as soon as a parameter is
+another tensor. It is filled in again, at the same addresses (a captured CUDA graph reads them
+there), when one lies elsewhere or counts another version, and after every optimizer step: fused
+optimizers count no versions. Only what is written through ``p.data`` stays unseen, as it does in
+PyTorch itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import backend
 from ..ops import check_log_scale, columns_of
 from .chain import Chain
-from .versions import Version, version
+from .versions import Version, versions
 
 
 @dataclass(frozen=True)
@@ -81,27 +82,16 @@ class WholeFlow:
 
     def packed(self) -> tuple[Tensor, ...]:
         """The parameters as the kernel reads them, as they are now."""
-        parameters = self.chain.parameters
-        if any(p.is_inference() for p in parameters):
+        if any(p.is_inference() for p in self.chain.parameters):
             return self._pack()  # these count no versions
-        versions = [version(p) for p in parameters]
-        found = _packed.get(parameters[0])
-        if found is None or not found.flow.packs_like(self):
-            found = _packed[parameters[0]] = _Packed(self, versions, self._pack())
-        elif found.versions != versions:
+        now, found = versions(self.chain), _packed.get(self.chain)
+        if found is None or (found.shape, found.tile) != (self.shape, self.tile):
+            found = _packed[self.chain] = _Packed(self.shape, self.tile, now, self._pack())
+        elif found.versions != now:
             for old, new in zip(found.tensors, self._pack(), strict=True):
                 old.copy_(new)
-            found.versions = versions
+            found.versions = now
         return found.tensors
-
-    def packs_like(self, other: WholeFlow) -> bool:
-        """Whether both pack parameters of the same shapes to the same places of one device."""
-
-        def layout(flow: WholeFlow) -> tuple[Any, ...]:
-            sides = [(f.size, f.start, f.step, id(f.indices)) for f in flow.chain.sides]
-            return flow.shape, flow.tile, flow.device, flow.chain.conditions, sides
-
-        return layout(self) == layout(other)
 
     def _pack(self) -> tuple[Tensor, ...]:
         chain = self.chain
@@ -121,9 +111,10 @@ class WholeFlow:
 
 @dataclass
 class _Packed:
-    flow: WholeFlow
+    shape: Any
+    tile: Any
     versions: list[Version]
     tensors: tuple[Tensor, ...]
 
 
-_packed: Any = WeakIdKeyDictionary()
+_packed: WeakKeyDictionary[Chain, _Packed] = WeakKeyDictionary()

@@ -1,6 +1,7 @@
 """Parameters that are cast once within a block of autocast: never out of date."""
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -199,3 +200,55 @@ def test_threads_throw_nothing_away(monkeypatch):
         assert len(blockwise.cut(nf.choose_path(model, X).chain, 40, X.device)) > 1
         model.log_prob(X)
         assert casts._cast_of(casts._block.own).data_ptr() == before.data_ptr()
+
+
+def held():
+    return len(casts._block.casts)
+
+
+@pytest.mark.parametrize("hidden", [(16,), (150, 140)])
+def test_nothing_is_held_in_the_first_call_after_the_block(hidden):
+    model = make(hidden=hidden)
+    fresh(model)
+    assert held() == 1
+    model.log_prob(X).sum().backward()  # with gradients, too
+    assert held() == 0
+
+
+def test_parameters_can_be_swapped_after_a_block():
+    model = make()
+    expected = fresh(model)
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+    assert torch.equal(fresh(model), expected)
+
+
+def test_parameters_of_inference_mode_are_cast_each_time():
+    with torch.inference_mode():
+        model = make()
+    expected = fresh(model)
+    with torch.no_grad(), autocast():
+        assert torch.equal(model.log_prob(X), expected)
+        assert held() == 0
+
+
+def test_a_block_is_its_own_threads(monkeypatch):
+    model, found = make(), []
+    with torch.no_grad(), autocast():
+        expected = model.log_prob(X)
+
+        def without():
+            with torch.no_grad():
+                found.append(model.log_prob(X))
+
+        thread = threading.Thread(target=without)
+        thread.start()
+        thread.join()
+        assert held() == 1
+        assert torch.equal(model.log_prob(X), expected)
+    assert torch.equal(found[0], model.log_prob(X))

@@ -397,3 +397,11 @@ def test_under_inference_mode_and_of_rows_that_want_gradients():
         wanted = torch.autograd.grad(model.log_prob(x).sum(), [x, *model.parameters()])
     for g, w in zip(got, wanted, strict=True):
         assert torch.allclose(g, w, atol=1e-4, rtol=1e-4)
+
+
+def test_zeros_without_memory():
+    model, none = make(), torch._efficientzerotensor(5, 6)
+    assert torch.equal(model.log_prob(none), model.log_prob(torch.zeros(5, 6)))
+    log_prob = model.log_prob(torch.randn(5, 6))
+    grads = torch.autograd.grad(log_prob, list(model.parameters()), torch._efficientzerotensor(5))
+    assert not any(g.any() for g in grads)
