@@ -30,7 +30,7 @@ from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
 from .fused.whole import WholeFlow
 from .fused.wide import WideFlow
-from .ops import check_log_scale
+from .ops import Features, check_log_scale, columns_of
 from .reference import check_prior
 
 
@@ -70,6 +70,8 @@ def additive_coupling(
     for t in (shift,) if bias is None else (shift, bias):
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     f = partition.locate(x.device)
+    if _may_have_tangents():
+        return reference.additive_coupling(x.to(dtype), shift, _columns(f), inverse, bias)
     y = autograd.AdditiveCoupling.apply(
         _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
     )
@@ -139,6 +141,8 @@ def split_features(x: Tensor, partition: Split) -> tuple[Tensor, Tensor]:
     """
     check_features("x", x, partition)
     f = partition.locate(x.device, conditioning=True)
+    if _may_have_tangents():
+        return x, reference.select_features(x, _columns(f))
     same, x1 = autograd.SplitFeatures.apply(_rows(x), f.slots, f.indices, f.start, f.step, f.size)
     if x.ndim != 2:
         same, x1 = same.view(x.shape), x1.reshape(*x.shape[:-1], f.size)
@@ -194,6 +198,9 @@ def scale_log_prob(
     # z is never narrower than what it is made of, and float64 is computed from float64
     if return_z or log_scale.dtype == torch.float64:
         h = h.to(torch.promote_types(h.dtype, log_scale.dtype))
+    if _may_have_tangents():
+        check_log_scale(log_scale)
+        return reference.scale_log_prob(h, log_scale, prior, return_z)
     arguments = (_rows(h), log_scale.contiguous(), prior, return_z)
     if _is_plain_call(h, log_scale):  # a Function costs as much as a small batch
         z, log_prob = torch.ops.nicefast.scale_log_prob(*arguments)
@@ -280,6 +287,9 @@ def sample_prior(
     if seed is None:
         seed = draw_seed(generator)
     check_seed(seed)
+    if _may_have_tangents():
+        check_log_scale(log_scale)
+        return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
     arguments = log_scale.contiguous(), n, row_offset, seed, prior, dtype
     if _is_plain_call(log_scale):
         return torch.ops.nicefast.sample_prior(*arguments)
@@ -425,8 +435,18 @@ def _is_plain_call(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or records(*tensors)
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or _may_have_tangents()
     )
+
+
+def _may_have_tangents() -> bool:
+    """Whether this is forward-mode differentiation, of any order: the definition's own operations
+    know it, and what they cost more is little beside the tangents."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def _columns(f: Features) -> slice | Tensor:
+    return columns_of(f.indices, f.start, f.step, f.size)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

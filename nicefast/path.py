@@ -142,7 +142,8 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     >>> nf.choose_path(flow, torch.zeros(1, 4).double()).reason
     'float64 rows'
     """
-    forget_casts()  # of a block of autocast that has ended: every call comes here
+    if not torch.compiler.is_compiling():
+        forget_casts()  # of a block of autocast that has ended: every call comes here
     if flow.grid is not None:
         return Path(EXACT, _why_exact(flow, flow.grid))
     reason = _why_call_needs_layers(x, context)

@@ -34,7 +34,7 @@ def philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
         signed = [((own & MASK) ^ 0x80000000) - 0x80000000 for own in c]
         return torch.stack(signed, -1).view(len(rows), 4 * len(quads))
     few_here = rows.device.type == "cpu" and len(rows) * len(quads) < FEW_QUADS
-    if few_here and type(rows) is Tensor and not torch.compiler.is_compiling():
+    if few_here and not torch.compiler.is_compiling() and _is_plain(rows):
         return torch.from_numpy(philox_of_few(rows.numpy(), quads.numpy(), word, seed))
     c0, c1, c2, c3 = _words(rows, quads, word, seed)
     c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
@@ -64,6 +64,11 @@ def philox_of_few(rows: Any, quads: Any, word: int, seed: int) -> Any:
     words = np.empty((count, 4), np.uint32)
     words[:, ::2], words[:, 1::2] = lower.T, odd.T
     return words.view(np.int32).reshape(shape[1], 4 * shape[2])
+
+
+def _is_plain(rows: Tensor) -> bool:
+    """Whether NumPy can see it."""
+    return type(rows) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def unsigned(words: Tensor, dtype: torch.dtype) -> Tensor:

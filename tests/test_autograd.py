@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+import torch.autograd.forward_ad as fwAD
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import nicefast as nf
 from helpers import partitions
@@ -65,10 +66,40 @@ def test_hessian_and_jacobian(backend, device):
     assert jacrev(lambda x: flow(x)[0])(x).shape == (4, 4)
 
 
-def test_forward_mode_says_that_it_is_not_there(backend, device):
-    flow, x = model(device), torch.randn(4, device=device)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        jvp(flow.log_prob, (x,), (torch.ones_like(x),))
+@pytest.mark.parametrize("partition", ["half", "alternating", "random"])
+def test_forward_mode_of_any_order(backend, device, partition):
+    flow = nf.NICE(5, hidden=(8,), couplings=3, activation="tanh", partition=partition)
+    flow = flow.to(device, torch.float64)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.normal_(0, 0.5)
+    x, v = torch.randn(2, 5, device=device, dtype=torch.float64)
+    tangent = jvp(flow.log_prob, (x,), (v,))[1]
+    torch.testing.assert_close(tangent, grad(flow.log_prob)(x) @ v)
+    for method in (lambda x: flow(x)[0], lambda x: flow.inverse(x)[0]):
+        torch.testing.assert_close(jacfwd(method)(x), jacrev(method)(x))
+    curvature = jacrev(grad(flow.log_prob))(x)
+    for forwards in (hessian, lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacfwd(f))):
+        torch.testing.assert_close(forwards(flow.log_prob)(x), curvature)
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(x, v)
+        torch.testing.assert_close(fwAD.unpack_dual(flow.log_prob(dual)).tangent, tangent)
+
+
+def test_forward_mode_of_every_operation(backend, device):
+    p, options = nf.Partition.alternating(6), {"device": device, "dtype": torch.float64}
+    x, shift, bias = (torch.randn(*n, **options) for n in ((4, 6), (4, 3), (3,)))
+    log_scale = torch.randn(6, **options)
+    for function, arguments in (
+        (lambda x, s, b: F.additive_coupling(x, s, p, True, b), (x, shift, bias)),
+        (lambda x: F.split_features(x, p), (x,)),
+        (lambda h, s: F.scale_log_prob(h, s, "normal"), (x, log_scale)),
+        (lambda h, s: F.scale_log_prob(h, s, return_z=True), (x, log_scale)),
+        (lambda s: F.sample_prior(s, 4, seed=3), (log_scale,)),
+    ):
+        every = tuple(range(len(arguments)))
+        forwards = jacfwd(function, every)(*arguments)
+        torch.testing.assert_close(forwards, jacrev(function, every)(*arguments))
 
 
 def test_gradient_of_each_sample(backend, device):
