@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, is_dense, on_device, torch_dtype
+from .launch import accumulator, dense, is_dense, on_device, torch_dtype
 from .tile import ceil_div, reduction_programs, tile
 
 
@@ -203,7 +203,7 @@ def couple(
     t = tile(d, x.element_size())
     with on_device(x):
         couple_kernel[(ceil_div(n, t.rows), ceil_div(d, t.columns))](
-            x, shift, bias, slot, y, n, *x.stride(), *shift.stride(),
+            x, shift, dense(bias), slot, y, n, *x.stride(), *shift.stride(),
             D=d, COUNT=shift.shape[1], START=start, STEP=step, INVERSE=inverse,
             HAS_BIAS=bias is not None, X_DENSE=is_dense(x), SHIFT_DENSE=is_dense(shift),
             ACC=accumulator(x, shift), ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
@@ -229,7 +229,7 @@ def couple_(
     t = tile(count, x.element_size())
     with on_device(x):
         couple_inplace_kernel[(ceil_div(n, t.rows), ceil_div(count, t.columns))](
-            x, shift, bias, index, n, *x.stride(), *shift.stride(),
+            x, shift, dense(bias), index, n, *x.stride(), *shift.stride(),
             D=d, COUNT=count, START=start, STEP=step, INVERSE=inverse,
             HAS_BIAS=bias is not None, X_DENSE=is_dense(x), SHIFT_DENSE=is_dense(shift),
             ACC=accumulator(x, shift), ROWS=t.rows, COLS=t.columns, num_warps=t.warps,

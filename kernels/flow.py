@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .activation import activate
 from .flow_tile import PARTS, FlowShape, FlowTile
-from .launch import is_dense, on_device
+from .launch import dense, is_dense, on_device
 from .packing import Tensors
 from .prior import prior_log_prob
 from .product import linear, operand
@@ -281,7 +281,7 @@ def flow_fwd(
         return z, log_prob
     with on_device(x):
         flow_fwd_kernel[(ceil_div(n, tile.rows),)](
-            x, context, *packed, log_scale, z, log_prob, n, *_depth(shape),
+            x, context, *packed, dense(log_scale), z, log_prob, n, *_depth(shape),
             *x.stride(), *_strides(context),
             X_DENSE=is_dense(x), WITH_Z=want_z, WITH_LOG_PROB=want_log_prob,
             PRIOR=shape.prior, **_constants(context, shape, tile),
@@ -304,8 +304,8 @@ def flow_inv(
         return x
     with on_device(z):
         flow_inv_kernel[(ceil_div(n, tile.rows),)](
-            z, context, *packed, log_scale, x, n, *_depth(shape), *z.stride(), *_strides(context),
-            X_DENSE=is_dense(z), **_constants(context, shape, tile),
+            z, context, *packed, dense(log_scale), x, n, *_depth(shape), *z.stride(),
+            *_strides(context), X_DENSE=is_dense(z), **_constants(context, shape, tile),
         )  # fmt: skip
     return x
 
@@ -329,8 +329,8 @@ def flow_sample(
         return x
     with on_device(x):
         flow_sample_kernel[(ceil_div(n, tile.rows),)](
-            context, *packed, log_scale, x, n, *_depth(shape), row_offset, seed, *_strides(context),
-            PRIOR=shape.prior, **_constants(context, shape, tile),
+            context, *packed, dense(log_scale), x, n, *_depth(shape), row_offset, seed,
+            *_strides(context), PRIOR=shape.prior, **_constants(context, shape, tile),
         )  # fmt: skip
     return x
 

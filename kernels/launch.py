@@ -17,6 +17,11 @@ def is_dense(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) == x.shape[1]
 
 
+def dense(v: Tensor | None) -> Tensor | None:
+    """A vector as kernels read it: one number after the other."""
+    return None if v is None else v.contiguous()
+
+
 def accumulator(*tensors: Tensor) -> tl.dtype:
     """float64 where an input is float64, else float32."""
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32

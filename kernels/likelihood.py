@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, is_dense, on_device, torch_dtype
+from .launch import accumulator, dense, is_dense, on_device, torch_dtype
 from .prior import prior_log_prob, prior_score
 from .tile import ceil_div, reduction_programs, tile
 
@@ -125,7 +125,7 @@ def scale_log_prob_fwd(
     t = tile(d, h.element_size())
     with on_device(h):
         scale_log_prob_fwd_kernel[(ceil_div(n, t.rows),)](
-            h, log_scale, z, log_prob, n, *h.stride(),
+            h, dense(log_scale), z, log_prob, n, *h.stride(),
             D=d, PRIOR=prior, WITH_Z=return_z, H_DENSE=is_dense(h), ACC=acc,
             ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
         )  # fmt: skip
@@ -146,7 +146,7 @@ def scale_log_prob_bwd(
     partial = torch.empty((programs, d), dtype=torch_dtype(acc), device=h.device)
     with on_device(h):
         scale_log_prob_bwd_kernel[(programs, ceil_div(d, t.columns))](
-            grad_z, grad_log_prob, h, log_scale, grad_h, partial, n,
+            grad_z, grad_log_prob, h, dense(log_scale), grad_h, partial, n,
             *((0, 0) if grad_z is None else grad_z.stride()), *grad_log_prob.stride(),
             *h.stride(), per_program,
             D=d, PRIOR=prior, HAS_GZ=grad_z is not None,

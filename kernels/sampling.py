@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, is_dense, on_device, torch_dtype
+from .launch import accumulator, dense, is_dense, on_device, torch_dtype
 from .prior import logistic_noise, normal_noise
 from .tile import ceil_div, reduction_programs, tile
 
@@ -139,7 +139,7 @@ def sample_fwd(
     quads = t.columns // 4
     with on_device(h):
         sample_fwd_kernel[(ceil_div(n, t.rows), ceil_div(d, quads * 4))](
-            log_scale, h, n, row_offset, seed,
+            dense(log_scale), h, n, row_offset, seed,
             D=d, PRIOR=prior, ACC=accumulator(h), ROWS=t.rows, QUADS=quads, num_warps=t.warps,
         )  # fmt: skip
     return h

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_dense, on_device
+from .launch import dense, is_dense, on_device
 from .prior import prior_log_prob
 from .tile import Tile, ceil_div, tile
 
@@ -205,8 +205,8 @@ def enter(
     t, (first, second) = tile(d, x.element_size()), sides
     with on_device(x):
         enter_kernel[_grid(n, d, t)](
-            x, log_scale, *biases, first.indices, second.indices, y, n, *x.stride(),
-            D=d, **_places(sides), SCALED=log_scale is not None, **_has(biases),
+            x, dense(log_scale), *map(dense, biases), first.indices, second.indices, y, n,
+            *x.stride(), D=d, **_places(sides), SCALED=log_scale is not None, **_has(biases),
             INVERSE=inverse, X_DENSE=is_dense(x), ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
         )  # fmt: skip
     return y
@@ -220,7 +220,7 @@ def add_(y: Tensor, size: int, biases: Biases, inverse: bool) -> None:
     t = tile(d, y.element_size())
     with on_device(y):
         add_kernel[_grid(n, d, t)](
-            y, *biases, n,
+            y, *map(dense, biases), n,
             D=d, S=size, **_has(biases), INVERSE=inverse,
             ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
         )  # fmt: skip
@@ -243,7 +243,7 @@ def leave(
     t, (first, second) = tile(d, y.element_size()), sides
     with on_device(y):
         leave_kernel[(ceil_div(n, t.rows),)](
-            y, log_scale, *biases, first.indices, second.indices, z, log_prob, n,
+            y, dense(log_scale), *map(dense, biases), first.indices, second.indices, z, log_prob, n,
             D=d, **_places(sides), PRIOR=prior, SCALED=log_scale is not None, **_has(biases),
             INVERSE=inverse, WITH_Z=z is not None, WITH_LP=log_prob is not None,
             ROWS=t.rows, COLS=t.columns, num_warps=t.warps,

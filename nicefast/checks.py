@@ -99,9 +99,11 @@ def check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:
 
 
 def check_count(name: str, count: int, least: int = 0) -> None:
-    """An integer, at least ``least``."""
+    """An integer of 64 bits, at least ``least``."""
     if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
+    if isinstance(count, int) and count >= 1 << 63:
+        raise ValueError(f"{name} must be below 2^63, got {count}")
 
 
 def check_seed(seed: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import exact
 from .flow import NICE
+from .precision import at_matmul_precision
 from .preprocessing import Preprocessing
 from .ranks import Ranks
 from .reference import at_least_float32
@@ -182,16 +183,12 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     """Matrix products in float32, tf32 or bf16 (operands; sums stay float32) within the block."""
     if name not in MATMUL:
         raise ValueError(f"precision must be one of {', '.join(MATMUL)}, got {name!r}")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(MATMUL[name])
-    try:
-        # what autocast has cast it would keep to the block's end: the weights of the first step
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    # what autocast has cast it would keep to the block's end: the weights of the first step
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
+    )
+    with at_matmul_precision(MATMUL[name]), autocast:
+        yield
 
 
 def device_of(model: Density | nn.Module) -> torch.device:

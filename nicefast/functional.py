@@ -7,7 +7,7 @@ and hands over to the operation. What they compute is defined, name for name, in
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ def additive_coupling_(
             f"x must be viewable as rows of features to be written in place; "
             f"got shape {tuple(x.shape)} with strides {x.stride()}"
         ) from None
-    f = partition.locate(x.device)
+    f, shift = partition.locate(x.device), _elsewhere(shift, x)
+    bias = None if bias is None else _elsewhere(bias, x)
     torch.ops.nicefast.additive_coupling_(
         rows, _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
     )
@@ -459,6 +460,12 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     device = "cpu" if generator is None else generator.device
     high = torch.iinfo(torch.int64).max
     return int(torch.randint(high, (), generator=generator, device=device))
+
+
+def _elsewhere(t: Tensor, x: Tensor) -> Tensor:
+    """``t``, not in the memory that is written when ``x`` is."""
+    is_alias_of: Any = getattr(torch._C, "_is_alias_of")  # noqa: B009 - it is not declared
+    return t.clone() if not torch.compiler.is_compiling() and is_alias_of(t, x) else t
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .fused.whole import packed_beforehand
 from .layers import is_plain_scaling
 from .path import Flow, Path, choose_path
+from .precision import matmul_precision
 
 METHODS = ("log_prob", "forward", "inverse")
 WARM_UP = 3  # calls before a capture: kernels are compiled, workspaces allocated
@@ -64,7 +66,11 @@ class GraphedFlow:
         return value.view(x.shape), rest[0].view(batch)
 
     def _graph_for(self, path: Path, rows: Tensor, context: Tensor | None) -> _Graph:
-        key = self._key(path, rows, context)
+        assert path.chain is not None
+        # what a kernel wants packed, is packed here
+        packed = () if path.whole is None else path.whole.packed()
+        read = (*path.chain.parameters, self.flow.scaling.log_scale, *packed)
+        key = self._key(path, read, rows, context)
         if self._graph is None or self._graph.key != key:
             self._graph = None  # its memory goes before that of the next is taken
 
@@ -72,14 +78,14 @@ class GraphedFlow:
                 found = getattr(self.flow, self.method)(x.view(-1, *self.flow.event_shape), c)
                 return (found,) if isinstance(found, Tensor) else found
 
-            self._graph = _Graph(call, path, key, self.batch, rows, context)
+            self._graph = _Graph(call, read, key, self.batch, rows, context)
         return self._graph
 
-    def _key(self, path: Path, rows: Tensor, context: Tensor | None) -> tuple[Any, ...]:
-        """All that a captured graph takes for granted. What a kernel wants packed, is packed."""
+    def _key(
+        self, path: Path, read: Outputs, rows: Tensor, context: Tensor | None
+    ) -> tuple[Any, ...]:
+        """All that a captured graph takes for granted."""
         assert path.chain is not None
-        packed = () if path.whole is None else path.whole.packed()
-        read = (*path.chain.parameters, self.flow.scaling.log_scale, *packed)
         return (
             path.name,
             path.chain.activation,
@@ -87,12 +93,12 @@ class GraphedFlow:
             path.chain.conditions,
             [(f.size, f.start, f.step, id(f.indices)) for f in path.chain.sides],
             path.whole and path.whole.tile,
-            [(t.data_ptr(), t.shape, t.dtype) for t in read],
+            [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read],
             None if context is None else context.dtype,
             rows.device,
             self.flow.prior_name,
             backend.get_backend(),
-            torch.get_float32_matmul_precision(),
+            matmul_precision(rows.device),
             torch.is_autocast_enabled("cuda"),
         )
 
@@ -103,17 +109,18 @@ class _Graph:
     def __init__(
         self,
         call: Callable[[Tensor, Tensor | None], Outputs],
-        path: Path,
+        read: Outputs,
         key: tuple[Any, ...],
         batch: int,
         rows: Tensor,
         context: Tensor | None,
     ) -> None:
         self.key = key
-        self._path = path  # no tensor that the graph reads may go before it
+        self._read = read  # none of these may go before the graph
         self._x = rows.new_zeros(batch, rows.shape[1])
         self._c = None if context is None else context.new_zeros(batch, context.shape[1])
-        self._replay, self._outputs = _capture(lambda: call(self._x, self._c), rows.device)
+        with packed_beforehand():
+            self._replay, self._outputs = _capture(lambda: call(self._x, self._c), rows.device)
 
     def run(self, rows: Tensor, context: Tensor | None) -> Outputs:
         n = len(rows)

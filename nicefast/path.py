@@ -31,6 +31,7 @@ from .fused.onepiece import OnePiece
 from .fused.whole import WholeFlow
 from .fused.wide import WideFlow
 from .layers import PLAIN, Scaling, is_plain_scaling, plain_layers
+from .precision import matmul_precision
 from .reading import read
 from .roofline import DEVICES, ceilings, layers_work
 
@@ -83,7 +84,7 @@ class Path(NamedTuple):
         operands = "bfloat16" if chain.bfloat16 else "float32"
         widths = [(w[0][0].shape[1], *(b.shape[0] for _, b in w)) for w in chain.couplings]
         work = layers_work(rows, features, widths, "log_prob", chain.context)
-        precision = torch.get_float32_matmul_precision()
+        precision = matmul_precision(device)
         measured = ceilings(device, chain.bfloat16, precision)
         kind = "bf16" if chain.bfloat16 else KERNEL_PRECISION[precision]
         if self.whole is not None:
@@ -178,7 +179,7 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     for i, own in enumerate(hidden):
         if own != hidden[0]:
             return f"coupling {i} has other hidden layers than the first"
-    precision = "bf16" if chain.bfloat16 else KERNEL_PRECISION[torch.get_float32_matmul_precision()]
+    precision = "bf16" if chain.bfloat16 else KERNEL_PRECISION[matmul_precision(x.device)]
     if precision == "bf16" and backend.interprets(x.device):
         return "Triton's interpreter gets bfloat16 wrong"
     kernels = backend.kernels()
@@ -263,6 +264,6 @@ def _uses_bfloat16(x: Tensor) -> bool:
     ``"medium"`` where the device has instructions for them."""
     if _autocast(x) is torch.bfloat16:
         return True
-    if torch.get_float32_matmul_precision() != "medium":
+    if matmul_precision(x.device) != "medium":
         return False
     return not x.is_cpu or torch.cpu._is_avx512_bf16_supported()

@@ -139,6 +139,7 @@ X, S2, LS = torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4)
         ),
         (lambda: F.sample_prior(LS * torch.nan, 2), ValueError, "log_scale must be finite"),
         (lambda: F.sample_prior(LS, -1), ValueError, "n must be an integer >= 0, got -1"),
+        (lambda: F.sample_prior(LS, 2, row_offset=2**63), ValueError, r"row_offset must be below"),
         (lambda: F.sample_prior(LS, 2, "cauchy"), ValueError, "prior must be one of"),
         (lambda: F.sample_prior(LS, 2, seed=-1), ValueError, "seed must be at least 0"),
         (

@@ -10,25 +10,30 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .chain import Chain
 
 _steps = 0  # of any optimizer
+_replayed: set[int] = set()  # addresses that steps captured as CUDA graphs write to
 
 
 class Version(NamedTuple):
-    """Equal as long as the tensor lies where it lay, and was not written to."""
+    """Equal as long as the tensor lies where and as it lay, and was not written to."""
 
     address: int
+    strides: tuple[int, ...]
     writes: int
-    steps: int  # fused optimizers count no writes
+    steps: Any  # fused optimizers count no writes
 
 
 def versions(chain: Chain) -> list[Version]:
     """Of parameters that count their writes, as those of inference mode do not."""
     _watch_optimizers()
-    return [Version(p.data_ptr(), p._version, _steps) for p in chain.parameters]
+    # a replayed step is not seen at all: such parameters never are what they were
+    steps = _steps if _replayed.isdisjoint(p.data_ptr() for p in chain.parameters) else object()
+    return [Version(p.data_ptr(), p.stride(), p._version, steps) for p in chain.parameters]
 
 
 @functools.cache
@@ -36,5 +41,7 @@ def _watch_optimizers() -> None:
     def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         global _steps
         _steps += 1
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            _replayed.update(p.data_ptr() for g in optimizer.param_groups for p in g["params"])
 
     register_optimizer_step_post_hook(count)

@@ -4,11 +4,14 @@ What is packed is kept with the chain, which another takes the place of as soon 
 another tensor. It is filled in again, at the same addresses (a captured CUDA graph reads them
 there), when one lies elsewhere or counts another version, and after every optimizer step: fused
 optimizers count no versions. Only what is written through ``p.data`` stays unseen, as it does in
-PyTorch itself.
+PyTorch itself. Within a graph that somebody else captures, every replay packs.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,16 +55,15 @@ class WholeFlow:
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_fwd
-            scale = log_scale.contiguous()
             packed = self.packed()
-            return run(x, context, packed, scale, self.shape, self.tile, want_z, want_log_prob)
+            return run(x, context, packed, log_scale, self.shape, self.tile, want_z, want_log_prob)
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
         """x of rows z (N, D)."""
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_inv
-            return run(z, context, self.packed(), log_scale.contiguous(), self.shape, self.tile)
+            return run(z, context, self.packed(), log_scale, self.shape, self.tile)
 
     def sample(
         self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
@@ -70,8 +72,8 @@ class WholeFlow:
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_sample
-            packed, scale = self.packed(), log_scale.contiguous()
-            return run(n, row_offset, seed, context, packed, scale, self.shape, self.tile)
+            packed = self.packed()
+            return run(n, row_offset, seed, context, packed, log_scale, self.shape, self.tile)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         """Through the couplings alone: log_scale = 0, and exp(0) x is x to the last bit."""
@@ -84,9 +86,14 @@ class WholeFlow:
         """The parameters as the kernel reads them, as they are now."""
         if any(p.is_inference() for p in self.chain.parameters):
             return self._pack()  # these count no versions
-        now, found = versions(self.chain), _packed.get(self.chain)
-        if found is None or (found.shape, found.tile) != (self.shape, self.tile):
-            found = _packed[self.chain] = _Packed(self.shape, self.tile, now, self._pack())
+        found, place = _packed.get(self.chain), (self.shape, self.tile, _stream(self.device))
+        if _here.beforehand and found is not None:
+            return found.tensors
+        if _captures(self.device):
+            return self._pack()  # in every replay
+        now = versions(self.chain)
+        if found is None or found.place != place:
+            found = _packed[self.chain] = _Packed(place, now, self._pack())
         elif found.versions != now:
             for old, new in zip(found.tensors, self._pack(), strict=True):
                 old.copy_(new)
@@ -111,10 +118,34 @@ class WholeFlow:
 
 @dataclass
 class _Packed:
-    shape: Any
-    tile: Any
+    place: tuple[Any, ...]  # shape, tile, and the stream whose order keeps readers from writers
     versions: list[Version]
     tensors: tuple[Tensor, ...]
 
 
 _packed: WeakKeyDictionary[Chain, _Packed] = WeakKeyDictionary()
+
+
+class _Here(threading.local):
+    beforehand = False
+
+
+_here = _Here()
+
+
+@contextmanager
+def packed_beforehand() -> Iterator[None]:
+    """In this block, as it captures a graph, parameters are those that were packed before it."""
+    _here.beforehand = True
+    try:
+        yield
+    finally:
+        _here.beforehand = False
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

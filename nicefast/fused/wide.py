@@ -77,8 +77,7 @@ class WideFlow:
         kernels, sides = backend.kernels(), self.chain.sides
         products = Products(self.chain, x.device, inverse)
         blocks = cut(self.chain, len(x), x.device)
-        scale = None if log_scale is None else log_scale.contiguous()
-        before, after = (scale, None) if inverse else (None, scale)
+        before, after = (log_scale, None) if inverse else (None, log_scale)
         with alone(x.device):
             for i in range(len(blocks)):
                 rows = blocks[i]
@@ -105,7 +104,7 @@ class WideFlow:
         y, pair = x, ()
         for index in products.steps:
             reads = chain.conditions[index]
-            shifts, bias = 1 - reads, chain.couplings[index][-1][1].contiguous()
+            shifts, bias = 1 - reads, chain.couplings[index][-1][1]
             late = due[shifts] is not None  # of the coupling before, to the same side
             if not late:
                 due[shifts] = bias

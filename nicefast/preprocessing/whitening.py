@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..precision import at_matmul_precision
 from .moments import Rows, moments
 from .transforms import check_numbers, check_vectors, check_width, constant, like
 
@@ -148,13 +149,8 @@ class Whiten:
 @contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
     """Products in the dtype of their operands, whatever training has in force."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with at_matmul_precision("highest"), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _check_whitening(kind: str, epsilon: float) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ..evaluation import Density, device_of
+from ..precision import matmul_precision
 from ..preprocessing import Preprocessing
 from ..ranks import Ranks
 from .engine import Engine, Sink
@@ -169,7 +170,7 @@ def score(
         "out": path.suffix,
         "chunk_rows": chunk_rows,
         "device": where(place),
-        "precision": torch.get_float32_matmul_precision(),
+        "precision": matmul_precision(place),
         "versions": versions(path.suffix),
     }
     if batch_rows is not None:

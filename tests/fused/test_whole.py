@@ -1,6 +1,8 @@
 """A whole flow in one launch: chosen, right, never stale, and the same bits in every batch."""
 
 import copy
+import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -11,6 +13,7 @@ from helpers import Operators, assert_three_way, error, make, partitions, plain_
 
 pytest.importorskip("triton", reason="needs Triton")
 
+from nicefast.fused import versions, whole
 from nicefast.kernels import INTERPRETED, flow
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -196,6 +199,89 @@ def test_what_is_packed_keeps_its_place(device):
         model.log_prob(x)
     _one_number(model)
     assert torch.allclose(model.log_prob(x), plain(model, x), atol=ATOL, rtol=1e-5)
+
+
+def test_a_weight_that_lies_otherwise_is_seen(device):
+    model = make(6, device=device, hidden=(16, 16))
+    x = torch.randn(5, 6, device=device)
+    with torch.no_grad():
+        model.log_prob(x)
+        weight = model.couplings[0].conditioner.linears[1].weight
+        weight.data = weight.data.t()  # at its address
+        assert torch.allclose(model.log_prob(x), plain(model, x), atol=ATOL, rtol=1e-5)
+
+
+def test_flows_that_share_a_parameter_are_packed_apart(device):
+    one, other = make(6, device=device), make(6, device=device)
+    own = [m.couplings[0].conditioner.linears[0] for m in (one, other)]
+    own[1].weight = own[0].weight
+    x = torch.randn(5, 6, device=device)
+    packed = path(one, x).whole.packed()
+    before = [t.clone() for t in packed]
+    path(other, x).whole.packed()
+    assert all(torch.equal(a, b) for a, b in zip(packed, before, strict=True))
+
+
+def test_what_is_packed_goes_with_the_flow_and_hinders_no_swap(device):
+    gc.collect()
+    count, x = len(whole._packed), torch.randn(5, 6, device=device)
+    model = make(6, device=device)
+    with torch.no_grad():
+        expected = model.log_prob(x)
+    assert len(whole._packed) == count + 1
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with torch.no_grad():
+        assert torch.equal(model.log_prob(x), expected)
+    weight = weakref.ref(model.couplings[0].conditioner.linears[0].weight)
+    del model
+    gc.collect()
+    assert weight() is None
+    assert len(whole._packed) == count
+
+
+def test_a_graph_of_somebody_else_packs_in_every_replay(device, monkeypatch):
+    """What a capture would see; nicefast's own graphs pack beforehand."""
+    model, x = make(6, device=device), torch.randn(5, 6, device=device)
+    known = path(model, x).whole.packed()
+    monkeypatch.setattr(whole, "_captures", lambda _: True)
+    again = path(model, x).whole.packed()
+    assert all(torch.equal(a, b) for a, b in zip(known, again, strict=True))
+    assert not any(a.data_ptr() == b.data_ptr() for a, b in zip(known, again, strict=True))
+    with whole.packed_beforehand():
+        assert path(model, x).whole.packed() is known
+    assert path(model, x).whole.packed() is not known
+
+
+def test_streams_do_not_share_what_is_packed(device, monkeypatch):
+    model, x = make(6, device=device), torch.randn(5, 6, device=device)
+    known = path(model, x).whole.packed()
+    assert path(model, x).whole.packed() is known
+    monkeypatch.setattr(whole, "_stream", lambda _: 7)
+    other = path(model, x).whole.packed()
+    assert other is not known
+    assert path(model, x).whole.packed() is other
+
+
+def test_parameters_that_a_replayed_step_writes_are_packed_each_time(device, monkeypatch):
+    model, x = make(6, device=device), torch.randn(5, 6, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr(versions, "_replayed", set())
+    path(model, x).whole.packed()
+    model.log_prob(x).sum().backward()
+    with monkeypatch.context() as captured:
+        for cuda in ("is_initialized", "is_current_stream_capturing"):
+            captured.setattr(torch.cuda, cuda, lambda: True)
+        optimizer.step()
+    with torch.no_grad():
+        model.log_prob(x)
+        for p in model.parameters():
+            p.data.mul_(0.5)  # as a replay does: nothing counts it
+        assert torch.allclose(model.log_prob(x), plain(model, x), atol=ATOL, rtol=1e-5)
 
 
 def test_parameters_of_inference_mode_count_no_versions(device):

@@ -169,3 +169,34 @@ def test_any_partition(data):
         assert torch.equal(F.additive_coupling(y, shift, p, inverse=True), x)
         assert torch.equal(F.additive_coupling_(y, shift, p, inverse=True), x)
         assert torch.equal(F.split_features(x, p)[1], x[:, p.mask.to(on)])
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_a_bias_lies_as_it_likes(device):
+    for p in partitions(8):
+        x, shift, _ = draw(5, p, torch.float32, device)
+        size = len(p.shifted)
+        gaps = torch.full((size, 2), torch.nan, device=device)
+        gaps[:, 0] = torch.randn(size, device=device)
+        for bias in (gaps[:, 0], gaps[:1, 0].expand(size), gaps[:, 0].contiguous().flip(0)):
+            expected = R.additive_coupling(x, shift, p, bias=bias)
+            torch.testing.assert_close(F.additive_coupling(x, shift, p, bias=bias), expected)
+            y = F.additive_coupling_(x.clone(), shift, p, bias=bias)
+            torch.testing.assert_close(y, expected)
+        several = torch.randn(size, 3, device=device)
+        got = torch.vmap(lambda b, x=x, s=shift, p=p: F.additive_coupling(x, s, p, bias=b), 1)(
+            several
+        )
+        for y, bias in zip(got, several.T, strict=True):
+            torch.testing.assert_close(y, R.additive_coupling(x, shift, p, bias=bias))
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_what_is_added_may_lie_in_what_is_written(device):
+    p, zeros = nf.Partition.half(8), torch.zeros(600, 4, device=device)
+    for added in (lambda x: (zeros, x[0, 4:]), lambda x: (x[:1, 4:].expand(600, 4), None)):
+        x = torch.randn(600, 8, device=device)
+        shift, bias = added(x.clone())
+        expected = R.additive_coupling(x, shift, p, bias=bias)
+        shift, bias = added(x)
+        torch.testing.assert_close(F.additive_coupling_(x, shift, p, bias=bias), expected)

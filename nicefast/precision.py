@@ -1,0 +1,57 @@
+"""The precision of float32 matrix products, by whichever of PyTorch's settings it is in force.
+
+``torch.set_float32_matmul_precision`` speaks of all devices; ``torch.backends.cuda.matmul`` and
+``torch.backends.mkldnn.matmul`` each have their own ``fp32_precision``, and where those have been
+set one by one, PyTorch refuses to name the former.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_mkldnn: Any = torch.backends.mkldnn  # whose attributes are not declared
+LEVELS = {"tf32": "high", "bf16": "medium"}  # otherwise "highest"
+
+
+def matmul_precision(device: torch.device) -> str:
+    """``"highest"``, ``"high"`` or ``"medium"``, as ``torch.get_float32_matmul_precision`` says it.
+
+    >>> import torch
+    >>> from nicefast.precision import matmul_precision
+    >>> matmul_precision(torch.device("cpu"))
+    'highest'
+    """
+    level = _of_all_devices()
+    if level == "highest":
+        return level
+    backend = torch.backends.cuda if device.type == "cuda" else _mkldnn
+    own = backend.matmul.fp32_precision
+    if level is None or own == "ieee":
+        return LEVELS.get(own, "highest")
+    return level
+
+
+@contextmanager
+def at_matmul_precision(level: str) -> Iterator[None]:
+    """``torch.set_float32_matmul_precision(level)`` within the block, and what was before after."""
+    backends: list[Any] = [torch.backends.cuda.matmul, _mkldnn.matmul]
+    before, own = _of_all_devices(), [backend.fp32_precision for backend in backends]
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before or "highest")
+        for backend, precision in zip(backends, own, strict=True):
+            if precision not in ("none", backend.fp32_precision):
+                backend.fp32_precision = precision
+
+
+def _of_all_devices() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
