@@ -153,7 +153,7 @@ def cases(
         narrow = _deck(VARIANTS[kernel], NARROW_LAYOUTS)
         random.Random(0).shuffle(wide)  # or a tile has one layout on every architecture
         wide_deal, narrow_deal = itertools.cycle(wide), itertools.cycle(narrow)
-        seen, turn = set(), 0
+        seen, turn, dealt_out = set(), 0, 0
         for name, arch, dtype, width, text in SPILLED:
             if name == kernel and arch in archs:
                 case = _case(kernel, arch, dtype, width, _parse(kernel, text))
@@ -167,9 +167,13 @@ def cases(
             for t, (aligned, odd) in tile_widths(output(real).itemsize).items():
                 turn += 1
                 hand = [(v, aligned) for v in (wide if full else [next(wide_deal)])]
-                # dear, and asked for less: each tile on one architecture, where there are many
+                # dear, and asked for less: each tile on one architecture, where there are many, and
+                # every second of those, which still takes the layouts in turn
                 if full or single or (turn + position) % len(TARGETS) == 0:
                     dealt = narrow if full else [next(narrow_deal)]
+                    dealt_out += 1
+                    if not (full or single) and dealt_out % 2:
+                        dealt = []
                     hand += [(v, odd if v["layout"] == "dense" else aligned) for v in dealt]
                 for variant, choice in hand:
                     # smallest, middle and largest width in turn, and the one without padding
