@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
+from .fused import FusedFlow
 from .fused.blockwise import Activations, couple, couple_backward, cut
 from .fused.chain import Chain
 from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
-from .fused.whole import WholeFlow
-from .fused.wide import WideFlow
 from .ops import columns_of
 from .reference import at_least_float32
 
@@ -234,7 +233,7 @@ class Couple(Function):
     def forward(
         ctx: Any,
         chain: Chain,
-        flow: WholeFlow | WideFlow | NarrowFlow | OnePiece | None,
+        flow: FusedFlow | None,
         inverse: bool,
         x: Tensor,
         context: Tensor | None,
@@ -325,7 +324,7 @@ def _couple_again(
     """Rows through the couplings in plain PyTorch, with these for the chain's parameters."""
     each = iter(parameters)
     couplings = [[(next(each), next(each)) for _ in layers] for layers in chain.couplings]
-    features = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
+    features = [f.columns for f in chain.sides]
     return reference.couple(
         x,
         couplings,

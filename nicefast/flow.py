@@ -177,30 +177,28 @@ class NICE(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: ``(z, log_det)``."""
         h, c = self.rows("x", x, context)
-        path = choose_path(self, h, c)
+        path, log_det = choose_path(self, h, c), None
         if path.fused is not None and not path.recorded:
             z, _ = path.fused.forward(h, c, self.scaling.log_scale, want_z=True)
         else:
             z = self._couple(path, h, c)
             if self.grid is None:
                 z, log_det = self.scaling(z)
-                return _shaped(z, x.shape), _shaped(log_det, self._batch_shape(x))
-        return _shaped(z, x.shape), self.log_det(x)
+        log_det = self.log_det(x) if log_det is None else log_det
+        return _shaped(z, x.shape), _shaped(log_det, self._batch_shape(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
         h, c = self.rows("z", z, context)
-        path = choose_path(self, h, c)
+        path, log_det = choose_path(self, h, c), None
         if path.fused is not None and not path.recorded:
             h = path.fused.inverse(h, c, self.scaling.log_scale)
         else:
-            log_det = None
             if self.grid is None:
                 h, log_det = self.scaling.inverse(h)
             h = self._couple(path, h, c, inverse=True)
-            if log_det is not None:
-                return _shaped(h, z.shape), _shaped(log_det, self._batch_shape(z))
-        return _shaped(h, z.shape), -self.log_det(z)
+        log_det = -self.log_det(z) if log_det is None else log_det
+        return _shaped(h, z.shape), _shaped(log_det, self._batch_shape(z))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Exact log-density of each x, in nats; float32 or wider."""

@@ -24,13 +24,11 @@ from .checks import (
     check_seed,
     check_tensor,
 )
-from .fused import blockwise
+from .fused import FusedFlow, blockwise
 from .fused.chain import Chain
 from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
-from .fused.whole import WholeFlow
-from .fused.wide import WideFlow
-from .ops import Features, check_log_scale, columns_of
+from .ops import check_log_scale
 from .reference import check_prior
 
 
@@ -71,7 +69,7 @@ def additive_coupling(
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     f = partition.locate(x.device)
     if _may_have_tangents():
-        return reference.additive_coupling(x.to(dtype), shift, _columns(f), inverse, bias)
+        return reference.additive_coupling(x.to(dtype), shift, f.columns, inverse, bias)
     y = autograd.AdditiveCoupling.apply(
         _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
     )
@@ -143,7 +141,7 @@ def split_features(x: Tensor, partition: Split) -> tuple[Tensor, Tensor]:
     check_features("x", x, partition)
     f = partition.locate(x.device, conditioning=True)
     if _may_have_tangents():
-        return x, reference.select_features(x, _columns(f))
+        return x, reference.select_features(x, f.columns)
     same, x1 = autograd.SplitFeatures.apply(_rows(x), f.slots, f.indices, f.start, f.step, f.size)
     if x.ndim != 2:
         same, x1 = same.view(x.shape), x1.reshape(*x.shape[:-1], f.size)
@@ -202,7 +200,7 @@ def scale_log_prob(
     if _may_have_tangents():
         check_log_scale(log_scale)
         return reference.scale_log_prob(h, log_scale, prior, return_z)
-    arguments = (_rows(h), log_scale.contiguous(), prior, return_z)
+    arguments = (_rows(h), log_scale, prior, return_z)
     if _is_plain_call(h, log_scale):  # a Function costs as much as a small batch
         z, log_prob = torch.ops.nicefast.scale_log_prob(*arguments)
     else:
@@ -291,7 +289,7 @@ def sample_prior(
     if _may_have_tangents():
         check_log_scale(log_scale)
         return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
-    arguments = log_scale.contiguous(), n, row_offset, seed, prior, dtype
+    arguments = log_scale, n, row_offset, seed, prior, dtype
     if _is_plain_call(log_scale):
         return torch.ops.nicefast.sample_prior(*arguments)
     return autograd.SamplePrior.apply(*arguments)
@@ -354,7 +352,7 @@ def couple(
     x: Tensor,
     context: Tensor | None = None,
     inverse: bool = False,
-    flow: WholeFlow | WideFlow | NarrowFlow | OnePiece | None = None,
+    flow: FusedFlow | None = None,
 ) -> Tensor:
     """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
 
@@ -444,10 +442,6 @@ def _may_have_tangents() -> bool:
     """Whether this is forward-mode differentiation, of any order: the definition's own operations
     know it, and what they cost more is little beside the tangents."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
-
-
-def _columns(f: Features) -> slice | Tensor:
-    return columns_of(f.indices, f.start, f.step, f.size)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

@@ -85,7 +85,7 @@ class GraphedFlow:
         self, path: Path, read: Outputs, rows: Tensor, context: Tensor | None
     ) -> tuple[Any, ...]:
         """All that a captured graph takes for granted."""
-        assert path.chain is not None
+        assert path.chain is not None  # see __call__
         return (
             path.name,
             path.chain.activation,

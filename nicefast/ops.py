@@ -32,6 +32,11 @@ class Features(NamedTuple):
     indices: Tensor | None
     slots: Tensor | None
 
+    @property
+    def columns(self) -> slice | Tensor:
+        """As plain PyTorch indexes them."""
+        return columns_of(self.indices, self.start, self.step, self.size)
+
 
 _DEVICES = ("CPU", "CUDA", "MPS", "XPU")
 _library = torch.library.Library("nicefast", "DEF")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import backend
 from . import functional as F  # noqa: N812
+from .fused import FusedFlow
 from .fused.blockwise import cut
 from .fused.casts import forget_casts
 from .fused.chain import Chain
@@ -50,7 +51,7 @@ class Path(NamedTuple):
     name: str
     reason: str
     chain: Chain | None = None
-    fused: WholeFlow | WideFlow | NarrowFlow | OnePiece | None = None
+    fused: FusedFlow | None = None
     recorded: bool = False
 
     @property

@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from . import exact
 from . import functional as F  # noqa: N812
 from .layers import MLP, AdditiveCoupling, is_watched, plain_layers
-from .ops import columns_of
 
 
 def couple(
@@ -126,5 +125,5 @@ def _sides(
 ) -> tuple[slice | Tensor, slice | Tensor]:
     """Columns that condition, and those that are shifted."""
     sides = (coupling.partition.locate(device, conditioning) for conditioning in (True, False))
-    first, second = (columns_of(f.indices, f.start, f.step, f.size) for f in sides)
+    first, second = (f.columns for f in sides)
     return first, second

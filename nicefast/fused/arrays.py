@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..ops import columns_of
 from .chain import Chain
 
 Array = Any  # of NumPy, in float32
@@ -69,7 +68,7 @@ class Arrays:
         self.couplings = [
             [(array(next(each)).T, array(next(each))) for _ in layers] for layers in chain.couplings
         ]
-        columns = (columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides)
+        columns = (f.columns for f in chain.sides)
         self.columns = [c if isinstance(c, slice) else c.numpy() for c in columns]
 
     def are_of(self, chain: Chain) -> bool:

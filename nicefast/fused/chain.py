@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import Features, columns_of
+from ..ops import Features
 
 NARROW = 128  # hidden units, at most
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
@@ -157,9 +157,7 @@ class Chain:
 def take_apart(x: Tensor, sides: tuple[Features, Features]) -> list[Tensor]:
     """The two sides of the rows ``x``, each a view where its features are evenly spaced."""
     return [
-        x[:, columns]
-        if isinstance(columns := columns_of(f.indices, f.start, f.step, f.size), slice)
-        else x.index_select(1, columns)
+        x[:, columns] if isinstance(columns := f.columns, slice) else x.index_select(1, columns)
         for f in sides
     ]
 
@@ -167,7 +165,7 @@ def take_apart(x: Tensor, sides: tuple[Features, Features]) -> list[Tensor]:
 def put_together(out: Tensor, pair: list[Tensor], sides: tuple[Features, Features]) -> None:
     """The rows of the two sides ``pair``, to ``out``."""
     for half, f in zip(pair, sides, strict=True):
-        columns = columns_of(f.indices, f.start, f.step, f.size)
+        columns = f.columns
         if isinstance(columns, slice):
             out[:, columns] = half
         else:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import likelihood
 from ..blocks import Blocks
-from ..ops import check_log_scale, columns_of
+from ..ops import check_log_scale
 from .blockwise import REBUILT_ELEMENTS
 from .chain import Chain
 from .sideways import Block, Columns
@@ -212,7 +212,7 @@ class NarrowFlow:
         sides = self.chain.sides
         total = torch.zeros(sum(f.size for f in sides), device="cpu", dtype=torch.float32)
         for f, own in zip(sides, found, strict=bool(found)):
-            total[columns_of(f.indices, f.start, f.step, f.size)] = own
+            total[f.columns] = own
         return total
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
@@ -335,9 +335,7 @@ class NarrowFlow:
     def _scales(self, log_scale: Tensor) -> list[Tensor]:
         """exp(log_scale) of each side, a column."""
         scale = log_scale.detach().exp()
-        return [
-            scale[columns_of(f.indices, f.start, f.step, f.size)][:, None] for f in self.chain.sides
-        ]
+        return [scale[f.columns][:, None] for f in self.chain.sides]
 
     def _density(
         self, log_scale: Tensor, scales: list[Tensor], rows: int

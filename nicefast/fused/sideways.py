@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import columns_of
 from .chain import ACTIVATIONS, Chain, linear_pointwise
 from .sums import Sum
 
@@ -42,7 +41,7 @@ class Block:
         self.sides = (state[: first + between], state[first:])
         self.features = (state[:first], state[first + between :])
         self.context = state[first + 1 : first + between]
-        self._columns = [columns_of(f.indices, f.start, f.step, f.size) for f in chain.sides]
+        self._columns = [f.columns for f in chain.sides]
         self.given = [self.sides[side] for side in chain.conditions]
         if keep:
             self.given = [torch.empty_like(side) for side in self.given]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..ops import check_log_scale, columns_of
+from ..ops import check_log_scale
 from .chain import Chain
 from .versions import Version, versions
 
@@ -105,7 +105,7 @@ class WholeFlow:
         # filled in again by later calls, in whatever mode
         with torch.inference_mode(False), torch.no_grad():
             every = torch.arange(self.shape.features, device=self.device)
-            sides = [every[columns_of(f.indices, f.start, f.step, f.size)] for f in chain.sides]
+            sides = [every[f.columns] for f in chain.sides]
             return backend.kernels().pack(
                 self.shape,
                 [sides[side] for side in chain.conditions],

@@ -237,7 +237,7 @@ def test_parameters_of_inference_mode_are_cast_each_time():
         assert held() == 0
 
 
-def test_a_block_is_its_own_threads(monkeypatch):
+def test_a_block_is_its_own_threads():
     model, found = make(), []
     with torch.no_grad(), autocast():
         expected = model.log_prob(X)
