@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ops import Features
 
 NARROW = 128  # hidden units, at most
+SIDEWAYS = 512  # hidden units up to which blocks on their side are faster than others in float32
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
 
 
@@ -131,6 +132,11 @@ class Chain:
     def narrow(self) -> bool:
         """Whether other operations take a good part of the time that products do."""
         return self.hidden <= NARROW
+
+    @property
+    def sideways(self) -> bool:
+        """Whether blocks of rows are best laid on their side, where no gradient is asked for."""
+        return self.hidden <= SIDEWAYS and not self.bfloat16
 
     @cached_property
     def largest(self) -> int:

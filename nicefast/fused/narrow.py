@@ -1,5 +1,7 @@
 """A narrow flow on the CPU: from x to log_prob in one pass over blocks of rows laid on their side.
 
+Up to 512 hidden units, that is; with gradients, up to 128.
+
 A block's matrix has one row of memory for each feature. Whatever the partition, a side is a slice
 of it, every loop runs along the batch, and a product with a handful of features goes as fast as
 any. Between the sides stand a row of ones and the context::
@@ -63,6 +65,11 @@ class NarrowFlow:
 
     chain: Chain
     prior: str
+
+    @staticmethod
+    def serves(chain: Chain, rows: int, recorded: bool) -> bool:
+        """Whether ``rows`` rows are best so; ``recorded``: for a gradient."""
+        return chain.sideways and (chain.rebuild or not recorded)
 
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""

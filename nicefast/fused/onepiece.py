@@ -25,7 +25,7 @@ from .products import Kept, Products
 from .sums import Gradients
 
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks
-AT_ONCE_ELEMENTS = 1 << 22  # the same of narrow flows in float32 where nothing is recorded,
+AT_ONCE_ELEMENTS = 1 << 22  # the same where nothing is recorded and blocks lie on their side,
 BFLOAT16_ELEMENTS = 1 << 22  # and of one activation in bfloat16: few calls gain more than blocks do
 
 
@@ -56,7 +56,7 @@ class OnePiece:
             return rows * chain.width <= BFLOAT16_ELEMENTS
         if not chain.rebuild and go_alone(chain, rows):
             return True
-        return rows * chain.kept <= (AT_ONCE_ELEMENTS if chain.rebuild else KEPT_ELEMENTS)
+        return rows * chain.kept <= (AT_ONCE_ELEMENTS if chain.sideways else KEPT_ELEMENTS)
 
     def pieces(self, rows: int) -> str:
         """How ``rows`` rows are cut, for people."""

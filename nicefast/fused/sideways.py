@@ -169,11 +169,7 @@ class Columns:
 def _add_product(total: Sum, d: Tensor, operand: Tensor) -> None:
     """The share of ``d`` (out, N), the gradient of ``W operand + b``."""
     out, inputs = d.shape[0], operand.shape[0]
-    flipped = inputs < min(out, FEW)  # products of few rows are faster
-    if flipped:
-        weight = torch.mm(operand, d.t())
-    elif min(out, inputs) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
-        weight = linear_pointwise(d, operand, None, "none", [], "")
+    if min(out, inputs) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
+        total.add(linear_pointwise(d, operand, None, "none", [], ""), d.sum(1))
     else:
-        weight = torch.mm(d, operand.t())
-    total.add(weight, d.sum(1), flipped)
+        total.add_product(d.t(), operand.t(), FEW)

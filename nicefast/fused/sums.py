@@ -29,9 +29,9 @@ class Sum:
         self._flipped = False  # the weight's, as in x out
         self._biased = biased  # otherwise the bias is summed elsewhere
 
-    def add_product(self, d: Tensor, inputs: Tensor) -> None:
+    def add_product(self, d: Tensor, inputs: Tensor, few: int = FEW_INPUTS) -> None:
         """The share of ``d`` (N, out), the gradient of ``inputs W^T + b``."""
-        flipped = inputs.shape[1] < min(d.shape[1], FEW_INPUTS)
+        flipped = inputs.shape[1] < min(d.shape[1], few)
         a, b = (inputs.t(), d) if flipped else (d.t(), inputs)
         # in float32 inside: another dtype here would copy d first
         bias = d.sum(0) if self._biased else d.new_zeros(())

@@ -9,6 +9,7 @@ import nicefast as nf
 from helpers import assert_three_way, make, strided
 from nicefast.blocks import Blocks
 from nicefast.fused import handful, narrow, onepiece
+from nicefast.fused.chain import NARROW, SIDEWAYS
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,35 @@ def test_the_sizes_above_take_every_way():
     assert kinds == [onepiece.OnePiece, onepiece.OnePiece, narrow.NarrowFlow]
     chain = nf.choose_path(model, torch.zeros(1, 6)).chain
     assert 60_000 * chain.flops > narrow.LEAST_FLOPS
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_wider_flows_lie_on_their_side_where_no_gradient_is_asked_for(options):
+    """Up to SIDEWAYS hidden units; NaN and infinity in a row stay in it."""
+    hidden = (NARROW + 60, 24)
+    model, x = make(6, hidden=hidden, **options), torch.randn(9_001, 6)
+    c = torch.randn(len(x), 3) if model.context else None
+    x[5, 2], x[6, 3] = float("nan"), float("inf")
+    sound = torch.ones(len(x), dtype=torch.bool).index_fill_(0, torch.tensor([5, 6]), False)
+    wide = copy.deepcopy(model).double(), x.double(), None if c is None else c.double()
+    with torch.no_grad():
+        assert isinstance(nf.choose_path(model, x, c).fused, narrow.NarrowFlow)
+        for call in ("log_prob", "forward", "inverse"):
+            got, exact = getattr(model, call)(x, c), getattr(wide[0], call)(*wide[1:])
+            with nf.set_backend("reference"):
+                plain = getattr(model, call)(x, c)
+            if call != "log_prob":
+                got, plain, exact = got[0], plain[0], exact[0]
+            assert_three_way(got[sound], plain[sound], exact[sound])
+            assert not got[~sound].isfinite().all(-1).any()
+    assert isinstance(nf.choose_path(model, x, c).differentiable, onepiece.OnePiece)  # recorded
+
+
+def test_flows_that_are_too_wide_do_not_lie_on_their_side():
+    x = torch.zeros(1, 6).expand(100_000, 6)
+    with torch.no_grad():
+        assert nf.choose_path(make(6, hidden=(SIDEWAYS,)), x).fused is not None
+        assert nf.choose_path(make(6, hidden=(SIDEWAYS + 1,)), x).fused is None
 
 
 @pytest.mark.parametrize("rows", [5, 700, 60_000])
