@@ -38,6 +38,17 @@ def _restore_precision():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch):
+    """Large products in bfloat16 take seconds where there are no instructions for them."""
+    real = timing.product_calls
+
+    def small(dtype, size, *args, **options):
+        return real(dtype, min(size, 256), *args, **options)
+
+    monkeypatch.setattr(timing, "product_calls", small)
+
+
 @pytest.fixture(params=[p for p in PROVIDERS if "compile" not in p])
 def provider(request):
     """Every provider that is installed."""
