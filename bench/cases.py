@@ -89,9 +89,6 @@ VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
 KERNELS = tuple(VARIANTS)
 # whose input is what another one has made, or none
 DENSE_ALONE = ("sample_fwd_kernel", "add_kernel", "leave_kernel")
-# which have the same tiles whatever they read, and are dear: each tile on each architecture, for
-# one of the dtypes
-IN_TURN = ("dequantise_kernel",)
 # these spilled: gathers of 2-byte types need the most registers (sampled from the full product)
 SPILLED = (
     ("couple_inplace_kernel", "sm_80", "fp16", 8, "random True False same strided 1000000 ragged"),
@@ -163,22 +160,19 @@ def cases(
                 seen.add(case.name)
                 yield case
         dtypes = dtypes_of(kernel)
-        in_turn = kernel in IN_TURN and not full
-        every = full or in_turn or len(dtypes) == 1
-        for (position, arch), (kind, (dtype, real)) in itertools.product(
-            enumerate(TARGETS), enumerate(dtypes.items())
+        single = len(dtypes) == 1
+        for (position, arch), (dtype, real) in itertools.product(
+            enumerate(TARGETS), dtypes.items()
         ):
-            for i, (t, (aligned, odd)) in enumerate(tile_widths(output(real).itemsize).items()):
-                if in_turn and (i + position) % len(dtypes) != kind:
-                    continue
+            for t, (aligned, odd) in tile_widths(output(real).itemsize).items():
                 turn += 1
                 hand = [(v, aligned) for v in (wide if full else [next(wide_deal)])]
                 # dear, and asked for less: each tile on one architecture, where there are many, and
                 # every second of those, which still takes the layouts in turn
-                if every or (turn + position) % len(TARGETS) == 0:
+                if full or single or (turn + position) % len(TARGETS) == 0:
                     dealt = narrow if full else [next(narrow_deal)]
                     dealt_out += 1
-                    if not every and dealt_out % 2:
+                    if not (full or single) and dealt_out % 2:
                         dealt = []
                     hand += [(v, odd if v["layout"] == "dense" else aligned) for v in dealt]
                 for variant, choice in hand:

@@ -207,7 +207,7 @@ def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow |
     for kind in (Handful, OnePiece):
         if kind.serves(chain, rows, recorded):
             return kind(chain.keeping, flow.prior_name)
-    return NarrowFlow(chain, flow.prior_name) if NarrowFlow.serves(chain, rows, recorded) else None
+    return NarrowFlow(chain, flow.prior_name) if NarrowFlow.serves(chain, recorded) else None
 
 
 def _why_scaling_is_apart(scaling: nn.Module, features: int) -> str | None:

@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="needs Triton, whose compiler this is about
 
 from bench.cases import (
     DENSE_ALONE,
-    IN_TURN,
     KERNELS,
     NARROW_LAYOUTS,
     VARIANTS,
@@ -113,13 +112,7 @@ def test_cases_cover_every_tile_dtype_and_architecture(monkeypatch):
         # noise comes four features at a time
         if kernel not in {"sample_fwd_kernel", "dequantise_kernel"} or t.columns >= 4
     }
-    found = {(c.kernel, c.arch, c.dtype, c.tile) for c in CASES.values()}
-    for kernel in IN_TURN:
-        got, due = ({f for f in all_ if f[0] == kernel} for all_ in (found, wanted))
-        for part in (slice(1, 3), slice(1, 4, 2)):  # each dtype, and each tile, on each
-            assert {f[part] for f in got} == {f[part] for f in due}
-        found, wanted = found - got, wanted - due
-    assert found == wanted
+    assert {(c.kernel, c.arch, c.dtype, c.tile) for c in CASES.values()} == wanted
 
 
 def test_doubles_are_accumulated_in_double_and_the_rest_in_single_precision():
@@ -155,8 +148,7 @@ def test_every_kernel_in_the_package_is_checked():
 def test_width_is_asked_of_every_tile_that_can_have_it():
     asked = {}
     for c in CASES.values():
-        # what is in turn gives float32 whatever it reads
-        key = (c.kernel, c.arch, "fp32" if c.kernel in IN_TURN else c.dtype, c.tile)
+        key = (c.kernel, c.arch, c.dtype, c.tile)
         loads, stores = asked.get(key, (0, 0))
         asked[key] = max(loads, c.wide_loads), max(stores, c.wide_stores)
     for (kernel, _, dtype, t), (loads, stores) in asked.items():

@@ -67,8 +67,8 @@ class NarrowFlow:
     prior: str
 
     @staticmethod
-    def serves(chain: Chain, rows: int, recorded: bool) -> bool:
-        """Whether ``rows`` rows are best so; ``recorded``: for a gradient."""
+    def serves(chain: Chain, recorded: bool) -> bool:
+        """Whether rows that are not few are best so; ``recorded``: for a gradient."""
         return chain.sideways and (chain.rebuild or not recorded)
 
     def pieces(self, rows: int) -> str:
