@@ -17,8 +17,8 @@ from .sums import Sum
 
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
-ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this;
-ONEDNN_WEIGHT_OF_FEW = 1 << 18  # numbers, from which the last product is worth it all the same;
+ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this,
+ONEDNN_WEIGHT_OF_FEW = 1 << 18  # and always of weights with fewer numbers;
 ONEDNN_ROWS_OF_NARROW = 1 << 12  # of narrow flows always;
 ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept of few rows, and back
 LARGE = 2.0**100  # of a bound: numbers below it are finite, however the bound was rounded
@@ -147,8 +147,12 @@ class Products:
             least = ONEDNN_FLOPS if rows >= few else ONEDNN_FLOPS_OF_TRAINING
         elif self.narrow and rows < ONEDNN_ROWS_OF_NARROW:
             return False
+        elif rows >= ONEDNN_ROWS:
+            least = ONEDNN_FLOPS
+        elif weight.numel() >= ONEDNN_WEIGHT_OF_FEW:
+            least = ONEDNN_FLOPS_OF_FEW
         else:
-            least = ONEDNN_FLOPS if rows >= ONEDNN_ROWS else ONEDNN_FLOPS_OF_FEW
+            return False
         return self.onednn and 2 * weight.numel() * rows >= least
 
     def _sums_at_once(self, weight: Tensor) -> bool:
