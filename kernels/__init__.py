@@ -11,7 +11,8 @@
                     priors' formulas: for those above
     tile.py         which tile a shape and dtype get; launch.py, what surrounds a launch
 
-Nothing here validates: ``nicefast.functional`` does, and ``nicefast.ops`` calls the launchers.
+Nothing here validates: ``nicefast`` does. ``nicefast.ops`` calls the launchers of single
+operations, ``nicefast.fused`` those of whole flows.
 """
 
 import triton

@@ -2,9 +2,9 @@
 
     x[i, d] = low + (level[i, d] + u[i, d]) / k * (high - low),   u[i, d] in (0, 1)
 
-and x = level + u where there is no k. The noise is word d % 4 of Philox4x32-10 at the counter
-(row, d // 4), as for the prior's samples: rows have the same noise however they are cut into
-batches. Every operation is rounded as plain PyTorch rounds it, so the bits are the same.
+and x = level + u, u in [0, 1), where there is no k. The noise is word d % 4 of Philox4x32-10 at the
+counter (row, d // 4), as for the prior's samples: rows have the same noise however they are cut
+into batches. Every operation is rounded as plain PyTorch rounds it, so the bits are the same.
 
 Bytes moved, for N rows, D features, levels of size b: N * D * (b + 4). No gradient: integers in.
 """

@@ -1,6 +1,6 @@
 """Matrix products inside kernels, with a weight tile from memory and a bias.
 
-    bf16      operands rounded to bfloat16        tf32x3   three of TF32, accurate as float32
+bf16      operands rounded to bfloat16        tf32x3   three of TF32, accurate as float32
 tf32      operands rounded to TF32            ieee     float32
 """
 

@@ -1,9 +1,9 @@
-"""Which implementation an operation runs on: Triton kernels or the plain-PyTorch reference.
+"""Which implementation an operation runs on: Triton kernels, PyTorch, or the definition itself.
 
-``"auto"`` takes the kernels on a GPU that can run them and the reference everywhere else.
-``"triton"`` insists on the kernels and says why where they cannot run; ``"reference"`` always
-takes plain PyTorch. The choice is process-wide (the backward pass runs in threads of its own) and
-is read at each call, also inside compiled graphs.
+``"auto"`` takes the kernels on a GPU that can run them and PyTorch everywhere else, by whatever is
+fastest there. ``"triton"`` insists on the kernels and says why where they cannot run;
+``"reference"`` always takes the definition itself. The choice is process-wide (the backward pass
+runs in threads of its own) and is read at each call, also inside compiled graphs.
 """
 
 from __future__ import annotations

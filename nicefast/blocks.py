@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import torch
 
+from . import watchers
+
 S = TypeVar("S")
 T = TypeVar("T")
 MOST_THREADS = 8  # Python hands out the work: more threads would wait for its lock
@@ -120,7 +122,7 @@ def _threads() -> int:
     """How many blocks are in flight: as many as PyTorch has threads, where they can be split."""
     if getattr(_here, "is_worker", False) or not _openmp():
         return 1
-    if torch._C._len_torch_dispatch_stack():  # a mode sees the operations of its own thread alone
+    if watchers.has_modes():  # a mode sees the operations of its own thread alone
         return 1
     return min(torch.get_num_threads(), MOST_THREADS)
 

@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from .fused.chain import Chain
-from .ops import Features
+from .partition import Partition
 from .reference import check_prior
 
 LEVELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 LARGEST = 2.0**100  # of a range's ends: their difference is far from overflow
-
-
-class Split(Protocol):
-    """What an operation asks of a :class:`nicefast.Partition`, which lives one floor up."""
-
-    @property
-    def features(self) -> int: ...
-
-    def locate(self, device: torch.device, conditioning: bool = False) -> Features: ...
-
-
-def check_rows(chain: Chain, x: Tensor, context: Tensor | None) -> None:
-    """Rows (N, D) in float32 and their context (N, K), as the chain takes them."""
-    check_tensor("x", x)
-    if x.dtype != torch.float32:
-        raise TypeError(f"x must be float32, got {x.dtype}")
-    features = sum(f.size for f in chain.sides)
-    if x.ndim != 2 or x.shape[1] != features:
-        raise ValueError(f"x must have shape (N, {features}), got {tuple(x.shape)}")
-    where = chain.parameters[0].device
-    if x.device != where:
-        raise ValueError(f"x must be on {where}, where the parameters are, got {x.device}")
-    if (context is None) != (chain.context == 0):
-        got = "none" if context is None else f"shape {tuple(context.shape)}"
-        raise ValueError(f"context must have {chain.context} features, got {got}")
-    if context is not None:
-        check_tensor("context", context)
-        if context.shape != (len(x), chain.context):
-            raise ValueError(
-                f"context must have shape ({len(x)}, {chain.context}), got {tuple(context.shape)}"
-            )
-        check_device("context", context, x)
 
 
 def check_events(name: str, x: Tensor, event_shape: torch.Size, device: torch.device) -> None:
@@ -134,7 +99,7 @@ def check_levels(levels: Tensor, k: int | None, low: float, high: float) -> None
 
 
 def check_coupling(
-    x: Tensor, shift: Tensor, partition: Split, bias: Tensor | None
+    x: Tensor, shift: Tensor, partition: Partition, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``x`` (..., D) and the shift (..., S), expanded to it; with a bias (S,) or none."""
     check_features("x", x, partition)
@@ -167,10 +132,10 @@ def _wrong_shift(shift: Tensor, expected: tuple[int, ...]) -> ValueError:
     )
 
 
-def check_features(name: str, x: Tensor, partition: Split) -> None:
+def check_features(name: str, x: Tensor, partition: Partition) -> None:
     """``x`` (..., D) with the features that the partition splits."""
     check_tensor(name, x)
-    if not hasattr(partition, "locate"):
+    if not isinstance(partition, Partition):
         raise TypeError(f"partition must be a nicefast.Partition, got {type(partition).__name__}")
     if x.ndim < 1 or x.shape[-1] != partition.features:
         raise ValueError(

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .activations import ACTIVATIONS
 from .blocks import Blocks
-from .fused.chain import ACTIVATIONS
 
 BLOCK_ELEMENTS = 1 << 19  # of one activation, in float64
 LEAST_ELEMENTS = 1 << 16  # below this, rows are not worth the hand-over to threads

@@ -15,6 +15,7 @@ from . import backend, exact, priors, reversible
 from . import functional as F  # noqa: N812
 from .checks import check_context, check_count, check_events
 from .distributions import FlowDistribution, FlowTransform
+from .fused import calls
 from .graphs import METHODS, GraphedFlow
 from .layers import MLP, AdditiveCoupling, Scaling, is_plain_scaling
 from .partition import Partition, partition_chain
@@ -165,6 +166,7 @@ class NICE(nn.Module):
 
     @property
     def prior(self) -> Distribution:
+        """That of each z_d; with a grid, which is not scaled, of each h_d."""
         log_scale = self.scaling.log_scale
         standard = priors.standard(
             self.prior_name, dtype=at_least_float32(log_scale.dtype), device=log_scale.device
@@ -175,7 +177,11 @@ class NICE(nn.Module):
         return type(standard)(torch.zeros_like(scale), scale)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to latent: ``(z, log_det)``."""
+        """Data to latent, ``z = exp(log_scale) h(x)`` with h all couplings: ``(z, log_det)``.
+
+        Shapes, dtypes and errors as :meth:`log_prob`; z is shaped like x, log_det in nats like x
+        without its event shape, and the same for every x (Dinh et al. 2014, section 3.3).
+        """
         h, c = self.rows("x", x, context)
         path, log_det = choose_path(self, h, c), None
         if path.fused is not None and not path.recorded:
@@ -188,7 +194,13 @@ class NICE(nn.Module):
         return _shaped(z, x.shape), _shaped(log_det, self._batch_shape(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse."""
+        """Latent to data: ``(x, log_det)`` with the log-determinant of the inverse.
+
+        >>> import torch, nicefast as nf
+        >>> flow, x = nf.NICE(4, hidden=(8,)), torch.randn(3, 4)
+        >>> torch.allclose(flow.inverse(flow(x)[0])[0], x, atol=1e-5)
+        True
+        """
         h, c = self.rows("z", z, context)
         path, log_det = choose_path(self, h, c), None
         if path.fused is not None and not path.recorded:
@@ -201,13 +213,32 @@ class NICE(nn.Module):
         return _shaped(h, z.shape), _shaped(log_det, self._batch_shape(z))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Exact log-density of each x, in nats; float32 or wider."""
+        """Exact log-density of each x, in nats: ``sum_d log p(z_d) + sum_d log_scale_d``
+        (Dinh et al. 2014, equations 1 and 4).
+
+        Args:
+            x: (..., \\*event_shape), floating point, on the flow's device.
+            context: (..., K), with the leading shape of x, where the flow takes one.
+
+        Returns:
+            (...), float32 or, of float64 rows or parameters, float64; differentiable.
+
+        Raises:
+            TypeError: x or context is no floating-point tensor.
+            ValueError: a shape or device that does not fit, a context that is missing or too much,
+                a log_scale that is not finite.
+
+        >>> import torch, nicefast as nf
+        >>> flow = nf.NICE((1, 4, 4), hidden=(8,))
+        >>> flow.log_prob(torch.rand(5, 1, 4, 4)).shape
+        torch.Size([5])
+        """
         h, c = self.rows("x", x, context)
         path, log_scale = choose_path(self, h, c), self.scaling.log_scale
         if path.fused is not None and not path.recorded:
             _, log_prob = path.fused.forward(h, c, log_scale, want_log_prob=True)
         elif path.differentiable is not None:
-            log_prob = F.flow_log_prob(path.differentiable, h, c, log_scale)
+            log_prob = calls.flow_log_prob(path.differentiable, h, c, log_scale)
         else:
             h = self._couple(path, h, c)
             log_prob = self._log_density(h)
@@ -256,7 +287,13 @@ class NICE(nn.Module):
         """``n`` draws: (n, \\*event_shape), or (..., n, \\*event_shape) for a context (..., K).
 
         The seed is drawn from ``generator`` (by default torch's own); the same seed draws the same
-        noise whatever ``batch_size``, the number of rows computed at a time, is.
+        noise whatever ``batch_size``, the number of rows computed at a time, is. ValueError for a
+        negative ``n``, a ``batch_size`` below 1, or a context that does not fit.
+
+        >>> import torch, nicefast as nf
+        >>> flow = nf.NICE(4, hidden=(8,))
+        >>> flow.sample(3, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([3, 4])
         """
         check_count("n", n, 0)
         batch, c = self._sample_context(n, context)
@@ -296,7 +333,14 @@ class NICE(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``(x, log_prob)`` of ``n`` draws in one pass, with gradients; shapes as for sample."""
+        """``(x, log_prob)`` of ``n`` draws in one pass, with gradients; shapes as for sample.
+
+        >>> import torch, nicefast as nf
+        >>> flow = nf.NICE(4, hidden=(8,))
+        >>> x, log_prob = flow.sample_and_log_prob(3)
+        >>> torch.allclose(flow.log_prob(x), log_prob, atol=1e-4)
+        True
+        """
         check_count("n", n, 0)
         batch, c = self._sample_context(n, context)
         h = self._noise(math.prod(batch), F.draw_seed(generator), 0)
@@ -401,7 +445,7 @@ class NICE(nn.Module):
                     raise ValueError(f"coupling {i} must have the grid {self.grid:g}, got {own}")
             return reversible.couple(self._couplings(), h, context, inverse)
         if path.chain is not None:
-            return F.couple(path.chain, h, context, inverse, path.fused)
+            return calls.couple(path.chain, h, context, inverse, path.fused)
         for coupling in reversed(self._couplings()) if inverse else self._couplings():
             h, _ = coupling.inverse(h, context) if inverse else coupling(h, context)
         return h

@@ -1,7 +1,7 @@
 """One function for each operation: what layers call and what users call.
 
 Each checks its arguments, flattens leading dimensions to one (a view wherever the strides allow)
-and hands over to the operation. What they compute is defined, name for name, in
+and hands over to the operation. What they compute is defined in
 :mod:`nicefast.reference`.
 """
 
@@ -12,30 +12,25 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, reference
+from . import autograd, reference, watchers
 from .checks import (
-    Split,
     check_count,
     check_coupling,
     check_density,
     check_features,
     check_levels,
-    check_rows,
     check_seed,
     check_tensor,
 )
-from .fused import FusedFlow, blockwise
-from .fused.chain import Chain
-from .fused.narrow import NarrowFlow
-from .fused.onepiece import OnePiece
 from .ops import check_log_scale
+from .partition import Partition
 from .reference import check_prior
 
 
 def additive_coupling(
     x: Tensor,
     shift: Tensor,
-    partition: Split,
+    partition: Partition,
     inverse: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -68,7 +63,7 @@ def additive_coupling(
     for t in (shift,) if bias is None else (shift, bias):
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     f = partition.locate(x.device)
-    if _may_have_tangents():
+    if watchers.has_tangents():
         return reference.additive_coupling(x.to(dtype), shift, f.columns, inverse, bias)
     y = autograd.AdditiveCoupling.apply(
         _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
@@ -79,7 +74,7 @@ def additive_coupling(
 def additive_coupling_(
     x: Tensor,
     shift: Tensor,
-    partition: Split,
+    partition: Partition,
     inverse: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -127,7 +122,7 @@ def additive_coupling_(
     return given
 
 
-def split_features(x: Tensor, partition: Split) -> tuple[Tensor, Tensor]:
+def split_features(x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
     """``(x, x1)``: ``x`` and its conditioning features x1 = x[..., conditioning].
 
     Use the x that comes back in the coupling: its gradient and that of x1 are then joined in one
@@ -140,7 +135,7 @@ def split_features(x: Tensor, partition: Split) -> tuple[Tensor, Tensor]:
     """
     check_features("x", x, partition)
     f = partition.locate(x.device, conditioning=True)
-    if _may_have_tangents():
+    if watchers.has_tangents():
         return x, reference.select_features(x, f.columns)
     same, x1 = autograd.SplitFeatures.apply(_rows(x), f.slots, f.indices, f.start, f.step, f.size)
     if x.ndim != 2:
@@ -197,7 +192,7 @@ def scale_log_prob(
     # z is never narrower than what it is made of, and float64 is computed from float64
     if return_z or log_scale.dtype == torch.float64:
         h = h.to(torch.promote_types(h.dtype, log_scale.dtype))
-    if _may_have_tangents():
+    if watchers.has_tangents():
         check_log_scale(log_scale)
         return reference.scale_log_prob(h, log_scale, prior, return_z)
     arguments = (_rows(h), log_scale, prior, return_z)
@@ -286,7 +281,7 @@ def sample_prior(
     if seed is None:
         seed = draw_seed(generator)
     check_seed(seed)
-    if _may_have_tangents():
+    if watchers.has_tangents():
         check_log_scale(log_scale)
         return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
     arguments = log_scale, n, row_offset, seed, prior, dtype
@@ -347,101 +342,14 @@ def dequantise(
     return x.view(levels.shape)
 
 
-def couple(
-    chain: Chain,
-    x: Tensor,
-    context: Tensor | None = None,
-    inverse: bool = False,
-    flow: FusedFlow | None = None,
-) -> Tensor:
-    """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
-
-    log |det| = 0 (Dinh et al. 2014, section 3.2). Differentiable any number of times; with narrow
-    conditioners, memory does not grow with the number of couplings.
-
-    Args:
-        chain: what :func:`nicefast.choose_path` found for rows of this kind.
-        x: (N, D), float32.
-        context: (N, K), where the conditioners take one.
-        inverse: back through the couplings.
-        flow: what does it at once, if :func:`nicefast.choose_path` found something (``.fused``).
-
-    Returns:
-        y (N, D), a new tensor.
-
-    Raises:
-        TypeError: x or context is no floating-point tensor, or x is not float32.
-        ValueError: shapes or devices that do not fit; missing or unexpected context.
-
-    >>> import torch, nicefast as nf
-    >>> flow, x = nf.NICE(4, hidden=(8,)), torch.ones(2, 4)
-    >>> chain = nf.choose_path(flow, x).chain
-    >>> y = nf.functional.couple(chain, x)
-    >>> torch.allclose(nf.functional.couple(chain, y, inverse=True), x)
-    True
-    """
-    check_rows(chain, x, context)
-    parameters = chain.parameters
-    if records(x, context, *parameters):
-        return autograd.Couple.apply(chain, flow, inverse, x, context, *parameters)
-    if flow is not None:
-        return flow.couple(x, context, inverse)
-    return blockwise.couple(chain, x, context, inverse)
-
-
-def flow_log_prob(
-    flow: NarrowFlow | OnePiece, x: Tensor, context: Tensor | None, log_scale: Tensor
-) -> Tensor:
-    """log_prob (N,) of rows x (N, D) by a whole flow in one pass, in nats: what ``couple`` and
-    :func:`scale_log_prob` say one after the other (Dinh et al. 2014, equation 1).
-
-    Differentiable any number of times.
-
-    Args:
-        flow: what :func:`nicefast.choose_path` found for rows of this kind (``.fused``) on a CPU.
-        x: (N, D), float32.
-        context: (N, K), where the conditioners take one.
-        log_scale: (D,), float32.
-
-    Raises:
-        TypeError: x, context or log_scale is no floating-point tensor, or x is not float32.
-        ValueError: shapes or devices that do not fit; missing or unexpected context; non-finite
-            log_scale.
-
-    >>> import torch, nicefast as nf
-    >>> flow, x = nf.NICE(4, hidden=(8,)), torch.ones(2, 4)
-    >>> fused, log_scale = nf.choose_path(flow, x).fused, flow.scaling.log_scale
-    >>> log_prob = nf.functional.flow_log_prob(fused, x, None, log_scale)
-    >>> torch.equal(log_prob, flow.log_prob(x))
-    True
-    """
-    check_rows(flow.chain, x, context)
-    check_density(x, log_scale, flow.prior)
-    parameters = flow.chain.parameters
-    if records(x, context, log_scale, *parameters):
-        return autograd.FlowLogProb.apply(flow, x, context, log_scale, *parameters)
-    return flow.forward(x, context, log_scale, want_log_prob=True)[1]
-
-
-def records(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what happens to any of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _is_plain_call(*tensors: Tensor) -> bool:
     """Whether nobody differentiates, transforms or compiles this call."""
     return not (
-        torch.compiler.is_compiling()
-        or records(*tensors)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or _may_have_tangents()
+        watchers.is_compiled()
+        or watchers.records(*tensors)
+        or watchers.is_transformed()
+        or watchers.has_tangents()
     )
-
-
-def _may_have_tangents() -> bool:
-    """Whether this is forward-mode differentiation, of any order: the definition's own operations
-    know it, and what they cost more is little beside the tangents."""
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -459,7 +367,7 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
 def _elsewhere(t: Tensor, x: Tensor) -> Tensor:
     """``t``, not in the memory that is written when ``x`` is."""
     is_alias_of: Any = getattr(torch._C, "_is_alias_of")  # noqa: B009 - it is not declared
-    return t.clone() if not torch.compiler.is_compiling() and is_alias_of(t, x) else t
+    return t.clone() if not watchers.is_compiled() and is_alias_of(t, x) else t
 
 
 def _rows(x: Tensor) -> Tensor:

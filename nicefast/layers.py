@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import exact
+from . import exact, watchers
 from . import functional as F  # noqa: N812
 from .ops import check_log_scale
 from .partition import Partition
@@ -293,11 +293,7 @@ def is_plain_scaling(scaling: nn.Module) -> bool:
 def _dropout(h: Tensor, p: float) -> Tensor:
     """Dropout; on the CPU, p to a multiple of 2^-16: a quarter of a random word decides for a unit,
     where PyTorch's own draw takes several times as long (it does not use threads)."""
-    if (
-        h.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if h.device.type != "cpu" or watchers.is_compiled() or watchers.is_transformed():
         return nn.functional.dropout(h, p)
     kept = max(1, round((1 - p) * 2**16))
     words = torch.empty(-(-h.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1)

@@ -10,33 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend, likelihood, noise, reference
-
-
-class Features(NamedTuple):
-    """Where the features of one side lie, as the operations want to be told.
-
-    ``start + step * j`` for ``j < size`` with step 1 or 2, or, with step 0, two maps on the
-    device: ``indices`` [size] holds the features and ``slots`` [D] the place of each feature among
-    them, -1 for one of the other side.
-    """
-
-    size: int
-    start: int
-    step: int
-    indices: Tensor | None
-    slots: Tensor | None
-
-    @property
-    def columns(self) -> slice | Tensor:
-        """As plain PyTorch indexes them."""
-        return columns_of(self.indices, self.start, self.step, self.size)
-
+from .partition import columns_of
+from .watchers import has_values
 
 _DEVICES = ("CPU", "CUDA", "MPS", "XPU")
 _library = torch.library.Library("nicefast", "DEF")
@@ -94,12 +75,7 @@ def _one_by_one(name: str) -> Callable[..., Any]:
 
 def check_log_scale(log_scale: Tensor) -> None:
     """ValueError for a non-finite entry, where looking costs nothing and values are at hand."""
-    if (
-        log_scale.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.is_functorch_wrapped_tensor(log_scale)
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    ):
+    if log_scale.device.type != "cpu" or not has_values(log_scale):
         return
     if math.isfinite(log_scale.sum().item()):  # one that is not would show: this is quick
         return
@@ -123,11 +99,6 @@ def check_levels(levels: Tensor, k: int | None) -> None:
         raise ValueError(
             f"levels must lie in {first} .. {last}{why}, got values from {low} to {high}"
         )
-
-
-def columns_of(index: Tensor | None, start: int, step: int, count: int) -> slice | Tensor:
-    """One side's features as plain PyTorch indexes them."""
-    return slice(start, start + step * count, step) if index is None else index
 
 
 # x with shift (and bias) added to its shifted features -----------------------------------------

@@ -5,13 +5,37 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ops import Features
-
 NAMES = ("half", "alternating", "checkerboard", "random")
+
+
+class Features(NamedTuple):
+    """Where the features of one side lie, as the operations want to be told.
+
+    ``start + step * j`` for ``j < size`` with step 1 or 2, or, with step 0, two maps on the
+    device: ``indices`` [size] holds the features and ``slots`` [D] the place of each feature among
+    them, -1 for one of the other side.
+    """
+
+    size: int
+    start: int
+    step: int
+    indices: Tensor | None
+    slots: Tensor | None
+
+    @property
+    def columns(self) -> slice | Tensor:
+        """As plain PyTorch indexes them."""
+        return columns_of(self.indices, self.start, self.step, self.size)
+
+
+def columns_of(index: Tensor | None, start: int, step: int, count: int) -> slice | Tensor:
+    """One side's features as plain PyTorch indexes them."""
+    return slice(start, start + step * count, step) if index is None else index
 
 
 class Partition:

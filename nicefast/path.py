@@ -2,11 +2,9 @@
 
     whole flow       one kernel launch from x to log_prob (nicefast.kernels.flow): where kernels
                      run, for narrow MLPs
-    products         the couplings as nothing but matrix products (nicefast.fused.blockwise): on the
-                     CPU a handful of rows by NumPy (handful), small batches, and those whose
-                     activations are kept, in one piece (onepiece), others in blocks of rows that
-                     stay in the cache, those of narrow flows on their side (narrow); on a GPU
-                     between two kernels at the boundary (wide)
+    products         the couplings as nothing but matrix products, by the way in nicefast.fused that
+                     is fastest for so many rows of this width here
+    exact            flows with a grid: arithmetic that has the same bits everywhere
     layer by layer   every module called in turn: any conditioner, any dtype, any transformation
 
 A path is chosen from the flow's structure, from shapes, device, dtype and precision: the user
@@ -20,15 +18,14 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from . import backend
-from . import functional as F  # noqa: N812
-from .fused import FusedFlow
+from . import backend, watchers
 from .fused.blockwise import cut
 from .fused.casts import forget_casts
 from .fused.chain import Chain
+from .fused.flow import DifferentiableFlow, FusedFlow
 from .fused.handful import Handful
-from .fused.narrow import NarrowFlow
 from .fused.onepiece import OnePiece
+from .fused.sideways import SidewaysFlow
 from .fused.whole import WholeFlow
 from .fused.wide import WideFlow
 from .layers import PLAIN, Scaling, is_plain_scaling, plain_layers
@@ -36,8 +33,6 @@ from .precision import matmul_precision
 from .reading import read
 from .roofline import DEVICES, ceilings, layers_work
 
-# of make_fx(pre_dispatch=True), say; not in every build
-_modes_before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", int)
 LAYERS = "layer by layer"
 EXACT = "exact"
 KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
@@ -65,9 +60,9 @@ class Path(NamedTuple):
         return self.fused if isinstance(self.fused, WholeFlow | Handful) else None
 
     @property
-    def differentiable(self) -> NarrowFlow | OnePiece | None:
+    def differentiable(self) -> DifferentiableFlow | None:
         """What also has the gradient of log_prob."""
-        return None if isinstance(self.fused, WholeFlow | WideFlow) else self.fused
+        return self.fused if isinstance(self.fused, DifferentiableFlow) else None
 
     def pieces(self, rows: int, device: torch.device) -> str:
         """Tile or blocks, for people."""
@@ -101,7 +96,7 @@ class Path(NamedTuple):
         assert recorded.chain is not None  # gradients change how, not whether
         kept = "rebuilds" if recorded.chain.rebuild else "keeps"
         at_once = (
-            ", or goes with the forward pass" if isinstance(recorded.fused, NarrowFlow) else ""
+            ", or goes with the forward pass" if isinstance(recorded.fused, SidewaysFlow) else ""
         )
         return "\n".join(
             (
@@ -144,7 +139,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     >>> nf.choose_path(flow, torch.zeros(1, 4).double()).reason
     'float64 rows'
     """
-    if not torch.compiler.is_compiling():
+    if not watchers.is_compiled():
         forget_casts()  # of a block of autocast that has ended: every call comes here
     if flow.grid is not None:
         return Path(EXACT, _why_exact(flow, flow.grid))
@@ -157,7 +152,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Path:
     if (context is None) != (chain.context == 0):
         return Path(LAYERS, "the context is missing or unexpected")
     reason = "every coupling is an MLP's, on one partition"
-    recorded = F.records(x, context, flow.scaling.log_scale, *chain.parameters)
+    recorded = watchers.records(x, context, flow.scaling.log_scale, *chain.parameters)
     if not backend.uses_kernels(x.device):
         fused = _on_cpu(chain, flow, x, recorded)
         return Path("products", reason, chain if fused is None else fused.chain, fused, recorded)
@@ -199,7 +194,7 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     return WholeFlow(chain.rebuilding, shape, tile, x.device)
 
 
-def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow | OnePiece | None:
+def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> DifferentiableFlow | None:
     """The whole flow in one pass, where a CPU is fastest so."""
     if not x.is_cpu or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None:
         return None
@@ -207,7 +202,7 @@ def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> NarrowFlow |
     for kind in (Handful, OnePiece):
         if kind.serves(chain, rows, recorded):
             return kind(chain.keeping, flow.prior_name)
-    return NarrowFlow(chain, flow.prior_name) if NarrowFlow.serves(chain, recorded) else None
+    return SidewaysFlow(chain, flow.prior_name) if SidewaysFlow.serves(chain, recorded) else None
 
 
 def _why_scaling_is_apart(scaling: nn.Module, features: int) -> str | None:
@@ -230,13 +225,13 @@ def _why_exact(flow: Flow, grid: float) -> str:
 
 
 def _why_call_needs_layers(x: Tensor, context: Tensor | None) -> str | None:
-    if torch.compiler.is_compiling():
+    if watchers.is_compiled():
         return "torch.compile sees every operation"
-    if torch._C._get_tracing_state() is not None or _modes_before_dispatch():
+    if watchers.is_traced():
         return "a trace of every operation"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if watchers.is_transformed():
         return "torch.func transforms every operation"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if watchers.has_tangents():
         return "forward-mode derivatives"
     for t in (x,) if context is None else (x, context):
         if type(t) not in PLAIN:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .watchers import is_compiled, is_transformed
+
 FEW_QUADS = 1 << 15  # with fewer, PyTorch has one thread, and calls NumPy's cost less
 MASK = 0xFFFFFFFF
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -34,7 +36,7 @@ def philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
         signed = [((own & MASK) ^ 0x80000000) - 0x80000000 for own in c]
         return torch.stack(signed, -1).view(len(rows), 4 * len(quads))
     few_here = rows.device.type == "cpu" and len(rows) * len(quads) < FEW_QUADS
-    if few_here and not torch.compiler.is_compiling() and _is_plain(rows):
+    if few_here and not is_compiled() and _is_plain(rows):
         return torch.from_numpy(philox_of_few(rows.numpy(), quads.numpy(), word, seed))
     c0, c1, c2, c3 = _words(rows, quads, word, seed)
     c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
@@ -68,7 +70,7 @@ def philox_of_few(rows: Any, quads: Any, word: int, seed: int) -> Any:
 
 def _is_plain(rows: Tensor) -> bool:
     """Whether NumPy can see it."""
-    return type(rows) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
+    return type(rows) is Tensor and not is_transformed()
 
 
 def unsigned(words: Tensor, dtype: torch.dtype) -> Tensor:

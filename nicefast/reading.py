@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from . import watchers
 from .fused.chain import NARROW, Chain, Layers
 from .layers import HOOKS, MLP, AdditiveCoupling, is_watched, plain_layers
 
@@ -107,7 +108,7 @@ def read(couplings: nn.ModuleList, device: torch.device, bfloat16: bool) -> Chai
 def _is_lasting(chain: Chain) -> bool:
     """Whether this is more than what was put in for one call, or what a mode has made."""
     own = all(type(p) is nn.Parameter and p.is_leaf for p in chain.parameters)
-    return own and torch._C._len_torch_dispatch_stack() == 0
+    return own and not watchers.has_modes()
 
 
 def _read(couplings: Sequence[nn.Module], device: torch.device) -> Chain | str:

@@ -1,8 +1,8 @@
 """The definition of every operation, in plain PyTorch.
 
-Each function here says what the operation of the same name in :mod:`nicefast.functional` means;
-in float64 it is what kernels, compiled code and lower precisions are compared with. It is also
-what runs where no kernel can: without a GPU, without Triton, or on request. Everything is
+The functions here say what the operations of :mod:`nicefast.functional` mean, and what the fast
+ways through a flow do; in float64 they are what kernels, compiled code and lower precisions are
+compared with. They also run themselves: on request, and where nothing faster serves. Everything is
 differentiable by autograd any number of times.
 
 Where a *partition* is expected, an index tensor or a slice naming the features does as well.
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .philox import philox, unsigned
+from .watchers import is_compiled
 
 PRIORS = ("logistic", "normal")
 NOISE_ELEMENTS = 1 << 18  # of a block of noise, for each thread: its integers stay in the caches
@@ -326,7 +327,7 @@ def _grid(k: int | None, low: float, high: float) -> tuple[int, float, float, fl
 
 def _rows_of_noise(features: int) -> int:
     """How many rows of noise are made at a time."""
-    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    threads = 1 if is_compiled() else torch.get_num_threads()
     return max(1, NOISE_ELEMENTS * threads // features)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import exact
+from . import exact, watchers
 from . import functional as F  # noqa: N812
 from .layers import MLP, AdditiveCoupling, is_watched, plain_layers
 
@@ -42,7 +42,7 @@ def couple(
     parameters = list(
         dict.fromkeys(p for coupling in couplings for p in coupling.conditioner.parameters())
     )
-    if F.records(x, context, *parameters):
+    if watchers.records(x, context, *parameters):
         return _Rebuilt.apply(couplings, inverse, x, context, *parameters)
     return _walk(couplings, x, context, inverse)
 

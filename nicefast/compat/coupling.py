@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import backend
+from .. import backend, watchers
 from .. import functional as F  # noqa: N812
 from ..partition import Partition
 
@@ -23,10 +23,10 @@ def is_traced(*given: Tensor) -> bool:
     torch.func or forward-mode differentiation, which our operations do not have; or by tensors
     ``given`` that have no memory, or a class with rules of its own."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        watchers.is_compiled()
+        or watchers.is_traced()
+        or watchers.is_transformed()
+        or watchers.has_tangents()
         or any(t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in given)
     )
 

@@ -2,80 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import Features
+from ..activations import ACTIVATIONS
+from ..partition import Features
 
 NARROW = 128  # hidden units, at most
 SIDEWAYS = 512  # hidden units up to which blocks on their side are faster than others in float32
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
-
-
-class Activation(NamedTuple):
-    """In place; its gradient, written over the first argument; and what oneDNN calls it."""
-
-    apply_: Callable[[Tensor], Tensor]
-    backward_: Callable[[Tensor, Tensor], Tensor]
-    from_input: bool  # the gradient is made of the activation's input, not of its output
-    fused: tuple[str, list[float], str] | None
-
-
-def _relu_backward_(g: Tensor, y: Tensor) -> Tensor:
-    """``y`` without signs: there, bfloat16 compares in a third of the time as whole numbers."""
-    if g.is_cpu and g.dtype == torch.bfloat16:
-        g, y = g.view(torch.int16), y.view(torch.int16)
-    return _aten.threshold_backward.grad_input(g, y, 0, grad_input=g)
-
-
-_aten = torch.ops.aten
-# not in every build
-linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# oneDNN's relu turns NaN into 0, its leaky_relu does not; -2^-60 |x| is nothing beside what else is
-# summed, and far enough from the denormal numbers, with which arithmetic is slow
-ACTIVATIONS = {
-    "relu": Activation(
-        torch.relu_,
-        _relu_backward_,
-        False,
-        ("leaky_relu", [2.0**-60], ""),
-    ),
-    "leaky_relu": Activation(
-        lambda x: _aten.leaky_relu_(x, 0.01),
-        lambda g, y: _aten.leaky_relu_backward.grad_input(g, y, 0.01, True, grad_input=g),
-        False,
-        ("leaky_relu", [0.01], ""),
-    ),
-    "tanh": Activation(
-        torch.tanh_,
-        lambda g, y: _aten.tanh_backward.grad_input(g, y, grad_input=g),
-        False,
-        ("tanh", [], ""),
-    ),
-    "gelu": Activation(
-        _aten.gelu_,
-        lambda g, x: _aten.gelu_backward.grad_input(g, x, grad_input=g),
-        True,
-        ("gelu", [], "none"),
-    ),
-    "silu": Activation(
-        _aten.silu_,
-        lambda g, x: _aten.silu_backward.grad_input(g, x, grad_input=g),
-        True,
-        ("swish", [], ""),
-    ),
-    "elu": Activation(
-        _aten.elu_,
-        lambda g, y: _aten.elu_backward.grad_input(g, 1.0, 1.0, 1.0, True, y, grad_input=g),
-        False,
-        None,
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +36,10 @@ class Chain:
     @cached_property
     def parameters(self) -> list[Tensor]:
         return [t for layers in self.couplings for pair in layers for t in pair]
+
+    @property
+    def features(self) -> int:
+        return sum(f.size for f in self.sides)
 
     @property
     def device(self) -> torch.device:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import noise, reference
+from .. import noise, reference, watchers
 from ..ops import check_log_scale
 from .arrays import ACTIVATIONS, MOST, Array, Arrays, array, product
 from .chain import Chain
-from .onepiece import OnePiece, empty
+from .flow import DifferentiableFlow
+from .onepiece import empty
 from .sums import Gradients
 
 SMALL = 1 << 16  # numbers of a weight: larger ones take their time whoever is called
@@ -46,8 +47,11 @@ class _Left(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Handful(OnePiece):
-    """As :class:`nicefast.fused.onepiece.OnePiece`; by NumPy, where no operator is to be seen."""
+class Handful(DifferentiableFlow):
+    """Few rows in one piece, by NumPy, where no operator is to be seen."""
+
+    chain: Chain
+    prior: str
 
     @staticmethod
     def serves(chain: Chain, rows: int, recorded: bool) -> bool:
@@ -61,7 +65,7 @@ class Handful(OnePiece):
             and rows <= (SUMMED if recorded else NUMBERS)
             and chain.activation in ACTIVATIONS
             and not chain.bfloat16
-            and torch._C._len_torch_dispatch_stack() == 0  # a mode sees what PyTorch does alone
+            and not watchers.has_modes()  # a mode sees what PyTorch does alone
         )
 
     def pieces(self, rows: int) -> str:
@@ -96,7 +100,7 @@ class Handful(OnePiece):
         context: Tensor | None,
         log_scale: Tensor,
         z: Tensor,
-        left: Any,
+        left: _Left,
         wants_x: bool = True,
         wants_context: bool = True,
     ) -> tuple[Gradients, Tensor]:

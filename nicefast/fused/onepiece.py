@@ -10,17 +10,17 @@ however many couplings there are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import likelihood
+from .. import likelihood, watchers
 from ..blocks import alone
 from ..ops import check_log_scale
 from .blockwise import go_alone
 from .casts import with_casts
 from .chain import Chain, put_together, take_apart
+from .flow import DifferentiableFlow
 from .products import Kept, Products
 from .sums import Gradients
 
@@ -38,7 +38,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class OnePiece:
+class OnePiece(DifferentiableFlow):
     """Couplings, scaling and prior of a flow of MLPs on the CPU, all rows at once.
 
     Gradients are what the methods for them say; none are recorded.
@@ -59,7 +59,6 @@ class OnePiece:
         return rows * chain.kept <= (AT_ONCE_ELEMENTS if chain.sideways else KEPT_ELEMENTS)
 
     def pieces(self, rows: int) -> str:
-        """How ``rows`` rows are cut, for people."""
         return f"{rows} rows in one piece"
 
     def forward(
@@ -70,8 +69,7 @@ class OnePiece:
         want_z: bool = False,
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
-        if torch._C._len_torch_dispatch_stack() and not want_z:
+        if watchers.has_modes() and not want_z:
             # a mode that looks at operators sees one for all but the products; to call that costs
             # as much as a few of what it is made of
             h = self.couple(x, context, inverse=False)
@@ -87,7 +85,7 @@ class OnePiece:
 
     def log_prob(
         self, x: Tensor, context: Tensor | None, log_scale: Tensor
-    ) -> tuple[Tensor, Tensor, Any]:
+    ) -> tuple[Tensor, Tensor, Left]:
         """log_prob of rows x (N, D), as :meth:`forward` gives it; and what its gradient takes:
         z (N, D), one side after the other, and what else is left."""
         with alone(x.device):
@@ -102,7 +100,7 @@ class OnePiece:
         context: Tensor | None,
         log_scale: Tensor,
         z: Tensor,
-        left: Any,
+        left: Left,
         wants_x: bool = True,
         wants_context: bool = True,
     ) -> tuple[Gradients, Tensor]:
@@ -121,14 +119,12 @@ class OnePiece:
             return found, self._in_rows(total[None])[0]
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
-        """x of rows z (N, D)."""
         check_log_scale(log_scale)
         with torch.no_grad():
             h = torch.mul(z, log_scale.neg().exp_())
         return self.couple(h, context, inverse=True)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
-        """Through the couplings alone."""
         chain = with_casts(self.chain)
         with alone(x.device):
             pair = take_apart(x, chain.sides)
@@ -171,7 +167,7 @@ class OnePiece:
     def _joined(self, pair: list[Tensor]) -> Tensor:
         if self._side_by_side:
             return torch.cat(pair, 1)
-        out = empty(len(pair[0]), sum(f.size for f in self.chain.sides))
+        out = empty(len(pair[0]), self.chain.features)
         put_together(out, pair, self.chain.sides)
         return out
 

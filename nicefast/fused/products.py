@@ -7,14 +7,17 @@ the boundary, and each coupling adds to one of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .chain import ACTIVATIONS, Chain, Layers, linear_pointwise
+from .. import watchers
+from ..activations import ACTIVATIONS
+from .chain import Chain, Layers
 from .sums import Sum
 
+linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build
 ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
 ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
 ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this,
@@ -48,7 +51,7 @@ class Products:
         self.activation = ACTIVATIONS[chain.activation]
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
         self.onednn = device.type == "cpu" and linear_pointwise is not None
-        self.counted = torch._C._len_torch_dispatch_stack() > 0
+        self.counted = watchers.has_modes()
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []

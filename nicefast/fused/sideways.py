@@ -1,175 +1,373 @@
-"""Blocks of rows laid on their side, and the layers of narrow couplings as products with them.
+"""A flow on the CPU from x to log_prob in one pass over blocks of rows laid on their side.
 
-See :mod:`nicefast.fused.narrow`, which cuts a batch into such blocks.
+For up to 512 hidden units; with gradients, up to 128.
+
+A block's matrix has one row of memory for each feature. Whatever the partition, a side is a slice
+of it, every loop runs along the batch, and a product with a handful of features goes as fast as
+any. Between the sides stand a row of ones and the context::
+
+    x_0 | 1 | context | x_1
+
+so that either side, with what its conditioner takes besides, is a slice too, and a bias is one more
+column of its weights: a layer is one product. Of the batch only x is read from memory and only the
+result written; in between, the same buffers serve block after block.
+
+The gradient rebuilds activations a block at a time, from the chain's input (see
+:mod:`nicefast.fused.blockwise`): what is stored does not grow with the number of couplings. In
+training there is no need to: where the last two log_probs of a flow were each followed by a
+gradient that is the same for every row, as that of a mean is, the next one takes each block
+forwards and back at once, and its gradient, when it comes, is a factor.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .chain import ACTIVATIONS, Chain, linear_pointwise
-from .sums import Sum
+from .. import likelihood
+from ..blocks import Blocks
+from ..ops import check_log_scale
+from .blockwise import REBUILT_ELEMENTS
+from .chain import Chain
+from .columns import Block, Columns
+from .flow import DifferentiableFlow
+from .sums import Gradients, Sum, merge
 
-FEW = 16  # with fewer rows or columns, oneDNN's packing of a matrix costs more than it gains,
-MANY = 1 << 10  # and with fewer columns to sum over
-
-
-class Hidden(NamedTuple):
-    """The buffer of a hidden layer, without and with the row of ones that follows its units."""
-
-    units: Tensor
-    operand: Tensor
-    before: Tensor | None  # what the activation was made of, where the gradient needs that
+BLOCK_ELEMENTS = 1 << 18  # of one activation: a few of them stay in a core's own cache
+LEAST_FLOPS = 1 << 28  # below this, a batch is not worth the hand-over to threads
 
 
-class Block:
-    """``rows`` rows on their side, ``x_0 | 1 | context | x_1``, and what couplings leave of them.
+ENOUGH = 2  # log_probs in a row that were followed by a gradient which is the same for every row
 
-    Buffers, filled again and again. ``keep``: every hidden layer has one of its own, and so has
-    what each coupling conditions on.
+
+@dataclass
+class _Learnt:
+    """How many such log_probs there were last, and whether the gradient of one more may come."""
+
+    steps: int = 0
+    waits: bool = True
+
+
+_learnt: WeakKeyDictionary[Chain, _Learnt] = WeakKeyDictionary()
+
+
+@dataclass
+class Left:
+    """What :meth:`SidewaysFlow.log_prob` leaves for its gradient besides h: the layers, and the
+    gradients of its sum over rows, where they are known already; the last is log_scale's."""
+
+    layers: Columns
+    of_sum: tuple[Gradients, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class SidewaysFlow(DifferentiableFlow):
+    """Couplings, scaling and prior of a flow of MLPs, for float32 rows on the CPU.
+
+    Gradients are what the methods for them say; none are recorded.
     """
 
-    def __init__(self, chain: Chain, rows: int, keep: bool = False) -> None:
-        self.chain, self.rows, self.keep = chain, rows, keep
-        first, second = (f.size for f in chain.sides)
-        between = 1 + chain.context
-        state = torch.empty(first + between + second, rows, device="cpu", dtype=torch.float32)
-        state[first] = 1
-        self.sides = (state[: first + between], state[first:])
-        self.features = (state[:first], state[first + between :])
-        self.context = state[first + 1 : first + between]
-        self._columns = [f.columns for f in chain.sides]
-        self.given = [self.sides[side] for side in chain.conditions]
-        if keep:
-            self.given = [torch.empty_like(side) for side in self.given]
-        self.hidden = self._buffers()
+    chain: Chain
+    prior: str
 
-    def take(self, x: Tensor, context: Tensor | None = None) -> None:
-        """The rows ``x`` (N, D), with their context."""
-        for own, columns in zip(self.features, self._columns, strict=True):
-            own.copy_(x[:, columns].t())
-        if context is not None:
-            self.context.copy_(context.t())
+    @staticmethod
+    def serves(chain: Chain, recorded: bool) -> bool:
+        """Whether rows that are not few are best so; ``recorded``: for a gradient."""
+        return chain.sideways and (chain.rebuild or not recorded)
 
-    def put(self, y: Tensor) -> None:
-        """The rows as they are now, into ``y`` (N, D)."""
-        for own, columns in zip(self.features, self._columns, strict=True):
-            y[:, columns] = own.t()
+    def pieces(self, rows: int) -> str:
+        return f"{self._cut(rows).describe()}, each on its side"
 
-    def scale(self, scales: list[Tensor]) -> None:
-        """Multiply the rows of each side by its column of factors."""
-        for side, scale in zip(self.features, scales, strict=True):
-            side.mul_(scale)
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        want_z: bool = False,
+        want_log_prob: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        z = x.new_empty(x.shape) if want_z else None
+        log_prob = x.new_empty(len(x)) if want_log_prob else None
+        self._forward(x, context, log_scale, None, z, log_prob)
+        none = x.new_empty(0)
+        return none if z is None else z, none if log_prob is None else log_prob
 
-    def _buffers(self) -> list[list[Hidden]]:
-        """One for each hidden layer of each coupling; where nothing is kept, two take turns."""
-        twice = self.keep and ACTIVATIONS[self.chain.activation].from_input
-        made: dict[tuple[int, int], Hidden] = {}
-        found = []
-        for i, layers in enumerate(self.chain.couplings):
-            own = []
-            for k, (_, bias) in enumerate(layers[:-1]):
-                width = bias.shape[0]
-                key = (i, k) if self.keep else (k % 2, width)
-                if key not in made:
-                    h = torch.empty(width + 1, self.rows, device="cpu", dtype=torch.float32)
-                    h[width] = 1
-                    before = torch.empty_like(h[:width]) if twice else None
-                    made[key] = Hidden(h[:width], h, before)
-                own.append(made[key])
-            found.append(own)
-        return found
-
-
-class Columns:
-    """The layers of a chain's couplings, forwards or back through it (``inverse``).
-
-    A layer is one matrix, ``[weight | bias]``, formed anew for each call: it can't be out of date.
-    """
-
-    def __init__(self, chain: Chain, inverse: bool) -> None:
-        self.chain, self.inverse = chain, inverse
-        self.activation = ACTIVATIONS[chain.activation]
-        self.relu = self.activation.apply_ is torch.relu_
-        self.layers: list[list[Tensor]] = []
-        with torch.no_grad():
-            for side, ((weight, bias), *own) in zip(chain.conditions, chain.couplings, strict=True):
-                x, c = weight.split((weight.shape[1] - chain.context, chain.context), 1)
-                given = (bias[:, None], c, x) if side else (x, bias[:, None], c)  # in this order
-                columns = [given, *((w, b[:, None]) for w, b in own)]
-                layers = [torch.cat(parts, 1) for parts in columns]
-                if inverse:  # what is added has the opposite sign, to the last bit
-                    layers[-1].neg_()
-                self.layers.append(layers)
-
-    def run(self, block: Block, to_the_end: bool = True) -> None:
-        """The block through all couplings, in place.
-
-        Not ``to_the_end``: what nothing but the result needs is left out.
-        """
-        steps = self.chain.steps(self.inverse)
-        for index in steps:
-            (*layers, last), side = self.layers[index], self.chain.conditions[index]
-            h = block.given[index]
-            if block.keep:
-                h.copy_(block.sides[side])
-            for layer, into in zip(layers, block.hidden[index], strict=True):
-                h = self._activated(layer, h, into)
-            if to_the_end or index != steps[-1]:
-                block.features[1 - side].addmm_(last, h)
-
-    def _activated(self, layer: Tensor, h: Tensor, into: Hidden) -> Tensor:
-        out = into.units
-        if self.relu:  # one call
-            torch._addmm_activation(out, layer, h, beta=0, out=out)
+    def log_prob(
+        self, x: Tensor, context: Tensor | None, log_scale: Tensor
+    ) -> tuple[Tensor, Tensor, Left]:
+        """log_prob of rows x (N, D); h (N, D), the rows after the couplings; and what else its
+        gradient takes."""
+        log_prob, h = x.new_empty(len(x)), x.new_empty(x.shape)
+        learnt = _learnt.setdefault(self.chain, _Learnt())
+        if learnt.waits:  # in vain
+            learnt.steps = 0
+        learnt.waits = True
+        if learnt.steps >= ENOUGH:
+            left = self._forward_and_back(x, context, log_scale, h, log_prob)
         else:
-            sums = torch.mm(layer, h, out=out if into.before is None else into.before)
-            self.activation.apply_(out if sums is out else out.copy_(sums))
-        return into.operand
+            cut = self._cut(len(x), training=True)  # as its gradient will be
+            left = Left(self._forward(x, context, log_scale, h, None, log_prob, cut))
+        return log_prob, h, left
 
-    def backward(
-        self, block: Block, grad: Block, index: int, sums: list[Sum], wants_given: bool
-    ) -> None:
-        """``grad``, of the block's rows after coupling ``index``, becomes that of those before it;
-        the parameters' is added to ``sums``, one for each layer."""
-        layers, side = self.chain.couplings[index], self.chain.conditions[index]
-        d = grad.features[1 - side]
-        if self.inverse:
-            d = d.neg()
-        for k in range(len(layers) - 1, 0, -1):
-            below = block.hidden[index][k - 1]
-            _add_product(sums[k], d, below.units)
-            d = torch.mm(layers[k][0].t(), d, out=grad.hidden[index][k - 1].units)
-            self.activation.backward_(d, below.units if below.before is None else below.before)
-        _add_product(sums[0], d, block.given[index])
-        if wants_given:  # that of the ones among them is nothing to anybody
-            grad.sides[side].addmm_(self.layers[index][0].t(), d)
+    def _forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        h: Tensor | None,
+        z: Tensor | None,
+        log_prob: Tensor | None,
+        cut: Blocks | None = None,
+    ) -> Columns:
+        """Rows x into those of h, z and log_prob that are given."""
+        check_log_scale(log_scale)
+        scales, cut = self._scales(log_scale), cut or self._cut(len(x))
+        layers = Columns(self.chain, inverse=False)
 
-    def gathered(self, index: int, sums: list[Sum]) -> list[Tensor]:
-        """The gradients of coupling ``index``'s parameters, in their order."""
-        found, layers = [], self.chain.couplings[index]
-        for k, (own, (w, b)) in enumerate(zip(sums, layers, strict=True)):
-            total = own.total()
-            if total is None:  # no rows
-                found += [torch.zeros_like(w), torch.zeros_like(b)]
-                continue
-            (weight, bias), context = total, self.chain.context
-            if k == 0 and self.chain.conditions[index]:
-                weight = torch.cat((weight[:, 1 + context :], weight[:, 1 : 1 + context]), 1)
-            elif k == 0:
-                split = weight.shape[1] - context
-                weight = torch.cat((weight[:, : split - 1], weight[:, split:]), 1)
-            found += [weight.contiguous(), bias]
+        def work(share: Iterable[int]) -> None:
+            density = None
+            if log_prob is not None:
+                density = self._density(log_scale, scales, cut.size)
+            for rows, block in self._blocks(cut, share):
+                block.take(x[rows], None if context is None else context[rows])
+                layers.run(block)
+                if h is not None:
+                    block.put(h[rows])
+                if density is not None and log_prob is not None:
+                    density(block, log_prob[rows])
+                if z is not None:
+                    block.scale(scales)
+                    block.put(z[rows])
+
+        cut.hand_out(work)
+        return layers
+
+    def log_prob_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        h: Tensor,
+        left: Left,
+        wants_x: bool = True,
+        wants_context: bool = True,
+    ) -> tuple[Gradients, Tensor]:
+        """Gradients of :meth:`log_prob` from that of its result; the last is log_scale's.
+
+        Those of a sum, times a factor, where it is the same for every row: to the last bit the
+        same, whether they were known already or not.
+        """
+        scales = self._scales(log_scale)
+
+        def back_from(grad: Tensor) -> tuple[Gradients, Tensor]:
+            def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+                back.take(h[rows])
+                return self._scored(back, back.features, scales, grad[rows])
+
+            gradients, found = self._backward(
+                x, context, False, start, wants_x, wants_context, left.layers
+            )
+            return gradients, self._of_log_scale(found)
+
+        if len(grad) and bool((grad == grad[0]).all()):
+            learnt = _learnt.setdefault(self.chain, _Learnt())
+            if learnt.waits:
+                learnt.steps, learnt.waits = min(ENOUGH, learnt.steps + 1), False
+            gradients, total = left.of_sum or back_from(torch.ones_like(grad))
+            factor, parameters = grad[0], gradients.parameters
+            if all(math.isfinite(t.sum().item()) for t in (total, *parameters)):  # no overflow
+                return Gradients(
+                    None if gradients.x is None or not wants_x else gradients.x * factor,
+                    None if gradients.context is None else gradients.context * factor,
+                    [g * factor for g in parameters],
+                ), total * factor
+        return back_from(grad)
+
+    def _forward_and_back(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        h: Tensor,
+        log_prob: Tensor,
+    ) -> Left:
+        """Rows x into those of h and log_prob, and the gradients of log_prob's sum."""
+        check_log_scale(log_scale)
+        scales, layers = self._scales(log_scale), Columns(self.chain, inverse=False)
+
+        def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+            block.put(h[rows])
+            self._density(log_scale, scales, block.rows)(block, log_prob[rows])
+            return self._scored(back, block.features, scales, log_prob.new_ones(block.rows))
+
+        wants_context = context is not None and context.requires_grad
+        gradients, found = self._backward(
+            x, context, False, start, x.requires_grad, wants_context, layers, to_the_end=True
+        )
+        return Left(layers, (gradients, self._of_log_scale(found)))
+
+    def _scored(
+        self, back: Block, h: Iterable[Tensor], scales: list[Tensor], grad: Tensor
+    ) -> list[Tensor]:
+        """The gradient of h's two sides from that of log_prob, into ``back``'s (which may be h);
+        log_scale's is returned."""
+        found = []
+        for into, side, scale in zip(back.features, h, scales, strict=True):
+            z = side * scale
+            score = likelihood.score(z, self.prior).mul_(grad)
+            torch.mul(score, scale, out=into)
+            found.append(z.mul_(score).sum(1).add_(grad.sum()))
         return found
 
+    def _of_log_scale(self, found: list[Tensor]) -> Tensor:
+        """Its gradient, from the two sides' (none without rows)."""
+        sides = self.chain.sides
+        total = torch.zeros(self.chain.features, device="cpu", dtype=torch.float32)
+        for f, own in zip(sides, found, strict=bool(found)):
+            total[f.columns] = own
+        return total
 
-def _add_product(total: Sum, d: Tensor, operand: Tensor) -> None:
-    """The share of ``d`` (out, N), the gradient of ``W operand + b``."""
-    out, inputs = d.shape[0], operand.shape[0]
-    if min(out, inputs) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
-        total.add(linear_pointwise(d, operand, None, "none", [], ""), d.sum(1))
-    else:
-        total.add_product(d.t(), operand.t(), FEW)
+    def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
+        check_log_scale(log_scale)
+        return self._couple(z, context, True, self._scales(-log_scale.detach()))
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        return self._couple(x, context, inverse, None)
+
+    def _couple(
+        self, x: Tensor, context: Tensor | None, inverse: bool, scales: list[Tensor] | None
+    ) -> Tensor:
+        y, cut = x.new_empty(x.shape), self._cut(len(x))
+        layers = Columns(self.chain, inverse)
+
+        def work(share: Iterable[int]) -> None:
+            for rows, block in self._blocks(cut, share):
+                block.take(x[rows], None if context is None else context[rows])
+                if scales is not None:
+                    block.scale(scales)
+                layers.run(block)
+                block.put(y[rows])
+
+        cut.hand_out(work)
+        return y
+
+    def couple_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        inverse: bool,
+        wants_x: bool = True,
+        wants_context: bool = True,
+    ) -> Gradients:
+        """Gradients of :meth:`couple` from that of its result, at ``x``."""
+
+        def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+            back.take(grad_y[rows])
+            return []
+
+        return self._backward(x, context, inverse, start, wants_x, wants_context)[0]
+
+    def _backward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        inverse: bool,
+        start: Callable[[Block, Block, slice], list[Tensor]],
+        wants_x: bool,
+        wants_context: bool,
+        layers: Columns | None = None,
+        to_the_end: bool = False,
+    ) -> tuple[Gradients, list[Tensor]]:
+        """Back through the couplings from what ``start(back, block, rows)`` writes to ``back``, the
+        gradient of the rows after them (``to_the_end``: ``block`` are those); and the sums over
+        blocks of what it returns.
+
+        All sums are over the blocks of a thread, then over threads, in a fixed order: the same bits
+        every time.
+        """
+        chain, steps = self.chain, self.chain.steps(inverse)
+        cut = self._cut(len(x), training=True)
+        layers = Columns(chain, inverse) if layers is None else layers
+        grad_x = x.new_empty(x.shape) if wants_x else None
+        grad_c = None
+        if context is not None and wants_context:
+            grad_c = context.new_zeros(context.shape, dtype=torch.float32)
+
+        def work(share: range) -> tuple[list[list[Sum]], list[Tensor]]:
+            sums = [[Sum() for _ in own] for own in chain.couplings]
+            found: list[Tensor] = []
+            blocks = self._blocks(cut, share, keep=True)
+            for rows, grad in self._blocks(cut, share):
+                _, block = next(blocks)
+                block.take(x[rows], None if context is None else context[rows])
+                layers.run(block, to_the_end)
+                more = start(grad, block, rows)
+                found = [a.add_(b) for a, b in zip(found, more, strict=True)] if found else more
+                grad.context.zero_()
+                for index in reversed(steps):
+                    wanted = index != steps[0] or wants_x or grad_c is not None
+                    layers.backward(block, grad, index, sums[index], wanted)
+                if grad_x is not None:
+                    grad.put(grad_x[rows])
+                if grad_c is not None:
+                    grad_c[rows] = grad.context.t()
+            return sums, found
+
+        (sums, found), *others = cut.deal(work)
+        for other, more in others:
+            merge(sums, other)
+            for a, b in zip(found, more, strict=True):
+                a.add_(b)
+        parameters = [g for i, own in enumerate(sums) for g in layers.gathered(i, own)]
+        return Gradients(grad_x, grad_c, parameters), found
+
+    def _cut(self, rows: int, training: bool = False) -> Blocks:
+        chain = self.chain
+        most = BLOCK_ELEMENTS // chain.width
+        if training:
+            most = min(most, REBUILT_ELEMENTS // chain.kept)
+        cpu = torch.device("cpu")
+        return Blocks(rows, max(1, most), LEAST_FLOPS // chain.flops, cpu)
+
+    def _blocks(
+        self, cut: Blocks, share: Iterable[int], keep: bool = False
+    ) -> Iterator[tuple[slice, Block]]:
+        """The rows of each block of a share, and buffers for them."""
+        block = None
+        for i in share:
+            rows = cut[i]
+            count = rows.stop - rows.start
+            if block is None or block.rows != count:
+                block = Block(self.chain, count, keep)
+            yield rows, block
+
+    def _scales(self, log_scale: Tensor) -> list[Tensor]:
+        """exp(log_scale) of each side, a column."""
+        scale = log_scale.detach().exp()
+        return [scale[f.columns][:, None] for f in self.chain.sides]
+
+    def _density(
+        self, log_scale: Tensor, scales: list[Tensor], rows: int
+    ) -> Callable[[Block, Tensor], None]:
+        """What writes the log_prob of a block's rows, before they are scaled."""
+        features, first = self.chain.features, self.chain.sides[0].size
+        buffers = [torch.empty(features, rows, device="cpu", dtype=torch.float32) for _ in range(2)]
+        constant = likelihood.constant(log_scale.detach(), self.prior)
+
+        def write(block: Block, out: Tensor) -> None:
+            z, other = (b[:, : block.rows] for b in buffers)
+            for side, scale, into in zip(
+                block.features, scales, (z[:first], z[first:]), strict=True
+            ):
+                torch.mul(side, scale, out=into)
+            likelihood.sum_log_prior(z, self.prior, 0, out, z, other)
+            out += constant
+
+        return write

@@ -22,11 +22,12 @@ from torch import Tensor
 from .. import backend
 from ..ops import check_log_scale
 from .chain import Chain
+from .flow import FusedFlow
 from .versions import Version, versions
 
 
 @dataclass(frozen=True)
-class WholeFlow:
+class WholeFlow(FusedFlow):
     """Couplings, scaling and prior, and the tile of the kernel that computes them. No gradients."""
 
     chain: Chain
@@ -35,7 +36,6 @@ class WholeFlow:
     device: torch.device
 
     def pieces(self, rows: int) -> str:
-        """How ``rows`` rows are cut, for people."""
         tile = self.tile
         return (
             f"{rows} rows in one launch, tiles of {tile.rows} rows and {tile.warps} warps, "
@@ -51,7 +51,6 @@ class WholeFlow:
         want_z: bool = False,
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_fwd
@@ -59,7 +58,6 @@ class WholeFlow:
             return run(x, context, packed, log_scale, self.shape, self.tile, want_z, want_log_prob)
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
-        """x of rows z (N, D)."""
         with torch.no_grad():
             check_log_scale(log_scale)
             run = backend.kernels().flow_inv

@@ -19,18 +19,18 @@ from ..blocks import alone
 from ..ops import check_log_scale
 from .blockwise import cut
 from .chain import Chain
+from .flow import FusedFlow
 from .products import Products
 
 
 @dataclass(frozen=True)
-class WideFlow:
+class WideFlow(FusedFlow):
     """Couplings, scaling and prior, for float32 rows where kernels run. No gradients."""
 
     chain: Chain
     prior: str
 
     def pieces(self, rows: int) -> str:
-        """How ``rows`` rows are cut, for people."""
         return cut(self.chain, rows, self.chain.device).describe()
 
     def forward(
@@ -41,7 +41,6 @@ class WideFlow:
         want_z: bool = False,
         want_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """``(z, log_prob)`` of rows x (N, D); empty where not wanted."""
         check_log_scale(log_scale)
         none = _empty(x, 0)
         z = _empty(x, *x.shape) if want_z else none
@@ -52,14 +51,12 @@ class WideFlow:
         return z, log_prob
 
     def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
-        """x of rows z (N, D)."""
         check_log_scale(log_scale)
         x = _empty(z, *z.shape)
         self._run(z, context, True, log_scale, x)
         return x
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
-        """Through the couplings alone."""
         y = _empty(x, *x.shape)
         self._run(x, context, inverse, None, y)
         return y

@@ -9,6 +9,7 @@ import torch
 import nicefast as nf
 from helpers import Operators, assert_three_way, make, strided
 from nicefast import philox
+from nicefast.fused import calls
 from nicefast.fused.arrays import MOST, product
 from nicefast.fused.handful import FEW, FEW_OF_MANY_CALLS, NUMBERS, SMALL, SUMMED, Handful
 from nicefast.fused.onepiece import OnePiece
@@ -391,7 +392,7 @@ def test_under_inference_mode_and_of_rows_that_want_gradients():
         assert torch.allclose(model.log_prob(x), want, atol=1e-5)
         fused = nf.choose_path(model, x).fused
     assert type(fused) is Handful  # found for no gradient, it has one nevertheless
-    log_prob = nf.functional.flow_log_prob(fused, x, None, model.scaling.log_scale)
+    log_prob = calls.flow_log_prob(fused, x, None, model.scaling.log_scale)
     got = torch.autograd.grad(log_prob.sum(), [x, *model.parameters()])
     with nf.set_backend("reference"):
         wanted = torch.autograd.grad(model.log_prob(x).sum(), [x, *model.parameters()])

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import nicefast as nf
 from helpers import Operators, assert_three_way
 from nicefast.blocks import Blocks, _openmp
-from nicefast.fused import blockwise, handful, narrow, onepiece, products
+from nicefast.fused import blockwise, calls, handful, onepiece, products, sideways
 from nicefast.reference import ACTIVATIONS
 
 
@@ -28,8 +28,8 @@ def blocks(request, monkeypatch):
     """Batches of these tests in one block, or in many that several threads compute."""
     if request.param == "many blocks":
         monkeypatch.setattr(blockwise, "BLOCK_BYTES", 8192)
-        monkeypatch.setattr(narrow, "BLOCK_ELEMENTS", 2048)
-        for module in (blockwise, narrow):
+        monkeypatch.setattr(sideways, "BLOCK_ELEMENTS", 2048)
+        for module in (blockwise, sideways):
             monkeypatch.setattr(module, "LEAST_FLOPS", 0)
         monkeypatch.setattr(blockwise, "ROWS_PER_WIDTH", 0)
 
@@ -352,7 +352,7 @@ def test_a_small_batch_keeps_no_more_than_it_may(activation):
     for couplings in (4, 64):
         model = nf.NICE(8, hidden=(32, 32), couplings=couplings, activation=activation)
         most = onepiece.KEPT_ELEMENTS // nf.choose_path(model, torch.zeros(1, 8)).chain.kept
-        for rows, kind in ((most, onepiece.OnePiece), (most + 1, narrow.NarrowFlow)):
+        for rows, kind in ((most, onepiece.OnePiece), (most + 1, sideways.SidewaysFlow)):
             x = torch.randn(rows, 8)
             assert type(nf.choose_path(model, x).fused) is kind
         left = model.log_prob(x[:most]).grad_fn.left
@@ -468,7 +468,7 @@ def test_threads_and_modes_may_change_between_the_passes(blocks, activations):
                 assert torch.allclose(g, e, rtol=1e-4, atol=1e-6)
 
 
-def test_functional_couple_checks_its_arguments():
+def test_couple_checks_its_arguments():
     model, (x, c) = make(context=2), inputs(make(context=2), 5)
     chain = nf.choose_path(model, x, c).chain
     for arguments, error, says in (
@@ -479,7 +479,7 @@ def test_functional_couple_checks_its_arguments():
         ((x.to("meta"), c), ValueError, "x must be on cpu"),
     ):
         with pytest.raises(error, match=says):
-            nf.functional.couple(chain, *arguments)
+            calls.couple(chain, *arguments)
 
 
 def test_a_parameter_changed_before_backward_is_an_error():

@@ -8,7 +8,7 @@ import torch
 import nicefast as nf
 from helpers import assert_three_way, make, strided
 from nicefast.blocks import Blocks
-from nicefast.fused import handful, narrow, onepiece
+from nicefast.fused import calls, handful, onepiece, sideways
 from nicefast.fused.chain import NARROW, SIDEWAYS
 
 
@@ -60,9 +60,9 @@ def test_log_prob_and_its_gradient_of_rows_on_their_side(monkeypatch, rows):
 def test_the_sizes_above_take_every_way():
     model = make(6, hidden=(32, 24))
     kinds = [type(nf.choose_path(model, torch.zeros(n, 6)).fused) for n in (700, 10_000, 60_000)]
-    assert kinds == [onepiece.OnePiece, onepiece.OnePiece, narrow.NarrowFlow]
+    assert kinds == [onepiece.OnePiece, onepiece.OnePiece, sideways.SidewaysFlow]
     chain = nf.choose_path(model, torch.zeros(1, 6)).chain
-    assert 60_000 * chain.flops > narrow.LEAST_FLOPS
+    assert 60_000 * chain.flops > sideways.LEAST_FLOPS
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -75,7 +75,7 @@ def test_wider_flows_lie_on_their_side_where_no_gradient_is_asked_for(options):
     sound = torch.ones(len(x), dtype=torch.bool).index_fill_(0, torch.tensor([5, 6]), False)
     wide = copy.deepcopy(model).double(), x.double(), None if c is None else c.double()
     with torch.no_grad():
-        assert isinstance(nf.choose_path(model, x, c).fused, narrow.NarrowFlow)
+        assert isinstance(nf.choose_path(model, x, c).fused, sideways.SidewaysFlow)
         for call in ("log_prob", "forward", "inverse"):
             got, exact = getattr(model, call)(x, c), getattr(wide[0], call)(*wide[1:])
             with nf.set_backend("reference"):
@@ -91,7 +91,7 @@ def test_flows_that_are_too_wide_do_not_lie_on_their_side():
     x = torch.zeros(1, 6).expand(100_000, 6)
     with torch.no_grad():
         widest = nf.choose_path(make(6, hidden=(SIDEWAYS,)), x).fused
-        assert isinstance(widest, narrow.NarrowFlow)
+        assert isinstance(widest, sideways.SidewaysFlow)
         assert nf.choose_path(make(6, hidden=(SIDEWAYS + 1,)), x).fused is None
 
 
@@ -132,7 +132,7 @@ def test_a_gradient_may_be_asked_for_twice():
 
 @pytest.mark.parametrize("few", [True, False])
 def test_threads_may_come_between_a_batch_and_its_gradient(monkeypatch, few):
-    monkeypatch.setattr(narrow, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(sideways, "LEAST_FLOPS", 0)
     monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: few)
     model, x, before = make(6, activation="tanh"), torch.randn(300, 6), torch.get_num_threads()
     wanted = list(model.parameters())
@@ -153,8 +153,8 @@ def test_threads_may_come_between_a_batch_and_its_gradient(monkeypatch, few):
 def in_blocks(monkeypatch):
     """Narrow rows on their side, several blocks in several threads."""
     monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
-    monkeypatch.setattr(narrow, "LEAST_FLOPS", 0)
-    monkeypatch.setattr(narrow, "BLOCK_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(sideways, "LEAST_FLOPS", 0)
+    monkeypatch.setattr(sideways, "BLOCK_ELEMENTS", 1 << 10)
 
 
 def is_at_once(value):
@@ -277,13 +277,13 @@ def test_a_log_scale_that_is_not_finite_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["x", "context", "log_scale"])
-def test_functional_flow_log_prob_checks_its_arguments(name):
+def test_flow_log_prob_checks_its_arguments(name):
     model = make(6, context=2)
     given = {"x": torch.randn(5, 6), "context": torch.randn(5, 2), "log_scale": torch.zeros(6)}
     found = nf.choose_path(model, given["x"], given["context"]).fused
-    assert nf.functional.flow_log_prob(found, **given).shape == (5,)
+    assert calls.flow_log_prob(found, **given).shape == (5,)
     with pytest.raises(ValueError, match=f"^{name} must have"):
-        nf.functional.flow_log_prob(found, **{**given, name: given[name][..., :-1]})
+        calls.flow_log_prob(found, **{**given, name: given[name][..., :-1]})
 
 
 def test_blocks_are_handed_out_once_each():

@@ -1,0 +1,68 @@
+"""Activations in place, and their gradients: what fast ways make of :mod:`nicefast.reference`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """In place; its gradient, written over the first argument; and what oneDNN calls it."""
+
+    apply_: Callable[[Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor], Tensor]
+    from_input: bool  # the gradient is made of the activation's input, not of its output
+    fused: tuple[str, list[float], str] | None
+
+
+def _relu_backward_(g: Tensor, y: Tensor) -> Tensor:
+    """``y`` without signs: there, bfloat16 compares in a third of the time as whole numbers."""
+    if g.is_cpu and g.dtype == torch.bfloat16:
+        g, y = g.view(torch.int16), y.view(torch.int16)
+    return _aten.threshold_backward.grad_input(g, y, 0, grad_input=g)
+
+
+_aten = torch.ops.aten
+# oneDNN's relu turns NaN into 0, its leaky_relu does not; -2^-60 |x| is nothing beside what else is
+# summed, and far enough from the denormal numbers, with which arithmetic is slow
+ACTIVATIONS = {
+    "relu": Activation(
+        torch.relu_,
+        _relu_backward_,
+        False,
+        ("leaky_relu", [2.0**-60], ""),
+    ),
+    "leaky_relu": Activation(
+        lambda x: _aten.leaky_relu_(x, 0.01),
+        lambda g, y: _aten.leaky_relu_backward.grad_input(g, y, 0.01, True, grad_input=g),
+        False,
+        ("leaky_relu", [0.01], ""),
+    ),
+    "tanh": Activation(
+        torch.tanh_,
+        lambda g, y: _aten.tanh_backward.grad_input(g, y, grad_input=g),
+        False,
+        ("tanh", [], ""),
+    ),
+    "gelu": Activation(
+        _aten.gelu_,
+        lambda g, x: _aten.gelu_backward.grad_input(g, x, grad_input=g),
+        True,
+        ("gelu", [], "none"),
+    ),
+    "silu": Activation(
+        _aten.silu_,
+        lambda g, x: _aten.silu_backward.grad_input(g, x, grad_input=g),
+        True,
+        ("swish", [], ""),
+    ),
+    "elu": Activation(
+        _aten.elu_,
+        lambda g, y: _aten.elu_backward.grad_input(g, 1.0, 1.0, 1.0, True, y, grad_input=g),
+        False,
+        None,
+    ),
+}

@@ -1,0 +1,65 @@
+"""Who looks at what a call does: autograd, torch.func, dual numbers, a mode, a trace, a compiler.
+
+A faster way has to do what they would have seen, or make room for one that does. Most of PyTorch's
+answers are private: they are asked for here alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# of make_fx(pre_dispatch=True), say; not in every build
+_modes_before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", int)
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what happens to any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_compiled() -> bool:
+    """Whether torch.compile reads this; it understands no more than this of what is below."""
+    return torch.compiler.is_compiling()
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_tangents() -> bool:
+    """Whether this is forward-mode differentiation, of any order: the definition's own operations
+    know it, and what they cost more is little beside the tangents."""
+    return not is_compiled() and torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether a tracer writes down every operation."""
+    return torch._C._get_tracing_state() is not None or bool(_modes_before_dispatch())
+
+
+def has_modes() -> bool:
+    """Whether a dispatch mode sees every operation of this thread, and of no other."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether ``t``'s numbers can be looked at."""
+    return not (
+        is_compiled()
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for several, as it does with ``is_grads_batched`` or in a vmap."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(t) or functorch.is_batchedtensor(t)
+
+
+def keeps_graph() -> bool:
+    """Within a gradient: whether there may be another of the same value."""
+    return _keeps_graph is None or _keeps_graph()
