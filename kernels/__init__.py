@@ -6,7 +6,8 @@
     dequantise.py   uniform dequantisation: integers and noise in, float32 out
     sides.py        around a wide flow's products: rows to the partition's sides, biases, and back
     flow.py         a whole flow in one launch: log-density, forward, inverse, sample
-    packing.py      a flow's parameters as flow.py reads them; flow_tile.py, which flows it serves
+    flow_rows.py    a tile of rows through all couplings, on the chip, for flow.py;
+    flow_tile.py    which flows it serves; packing.py, their parameters as it reads them
     product.py      matrix products; activation.py, the conditioners' activations; prior.py, the
                     priors' formulas: for those above
     tile.py         which tile a shape and dtype get; launch.py, what surrounds a launch
