@@ -13,7 +13,6 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .chain import Chain
 from .products import linear_pointwise
-from .sums import Sum
 
 FEW = 16  # with fewer rows or columns, oneDNN's packing of a matrix costs more than it gains,
 MANY = 1 << 10  # and with fewer columns to sum over
@@ -97,6 +96,7 @@ class Columns:
         self.activation = ACTIVATIONS[chain.activation]
         self.relu = self.activation.apply_ is torch.relu_
         self.layers: list[list[Tensor]] = []
+        self._turned: list[list[Tensor]] = []  # what leads back through each
         with torch.no_grad():
             for side, ((weight, bias), *own) in zip(chain.conditions, chain.couplings, strict=True):
                 x, c = weight.split((weight.shape[1] - chain.context, chain.context), 1)
@@ -106,6 +106,7 @@ class Columns:
                 if inverse:  # what is added has the opposite sign, to the last bit
                     layers[-1].neg_()
                 self.layers.append(layers)
+                self._turned.append([layers[0].t(), *(w.t() for w, _ in own)])
 
     def run(self, block: Block, to_the_end: bool = True) -> None:
         """The block through all couplings, in place.
@@ -133,45 +134,86 @@ class Columns:
         return into.operand
 
     def backward(
-        self, block: Block, grad: Block, index: int, sums: list[Sum], wants_given: bool
+        self, block: Block, grad: Block, index: int, totals: Totals, wants_given: bool
     ) -> None:
         """``grad``, of the block's rows after coupling ``index``, becomes that of those before it;
-        the parameters' is added to ``sums``, one for each layer."""
-        layers, side = self.chain.couplings[index], self.chain.conditions[index]
+        the parameters' is added to ``totals``."""
+        turned, side = self._turned[index], self.chain.conditions[index]
         d = grad.features[1 - side]
         if self.inverse:
             d = d.neg()
-        for k in range(len(layers) - 1, 0, -1):
+        for k in range(len(turned) - 1, 0, -1):
             below = block.hidden[index][k - 1]
-            _add_product(sums[k], d, below.units)
-            d = torch.mm(layers[k][0].t(), d, out=grad.hidden[index][k - 1].units)
+            totals.add(index, k, d, below.units)
+            d = torch.mm(turned[k], d, out=grad.hidden[index][k - 1].units)
             self.activation.backward_(d, below.units if below.before is None else below.before)
-        _add_product(sums[0], d, block.given[index])
+        totals.add(index, 0, d, block.given[index])
         if wants_given:  # that of the ones among them is nothing to anybody
-            grad.sides[side].addmm_(self.layers[index][0].t(), d)
+            grad.sides[side].addmm_(turned[0], d)
 
-    def gathered(self, index: int, sums: list[Sum]) -> list[Tensor]:
-        """The gradients of coupling ``index``'s parameters, in their order."""
-        found, layers = [], self.chain.couplings[index]
-        for k, (own, (w, b)) in enumerate(zip(sums, layers, strict=True)):
-            total = own.total()
-            if total is None:  # no rows
-                found += [torch.zeros_like(w), torch.zeros_like(b)]
-                continue
-            (weight, bias), context = total, self.chain.context
-            if k == 0 and self.chain.conditions[index]:
-                weight = torch.cat((weight[:, 1 + context :], weight[:, 1 : 1 + context]), 1)
-            elif k == 0:
-                split = weight.shape[1] - context
-                weight = torch.cat((weight[:, : split - 1], weight[:, split:]), 1)
-            found += [weight.contiguous(), bias]
+
+class Totals:
+    """The gradients of a chain's parameters, summed over the blocks of a thread.
+
+    A weight's lies as the faster product has it. Biases' are summed over blocks in float64: a sum
+    of sums next to a plain step's pairwise one.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self._flipped, self._weights = [], []
+        for layers in chain.couplings:
+            shapes = [(w.shape[0], w.shape[1] + (k == 0)) for k, (w, _) in enumerate(layers)]
+            flipped = [inputs < out or min(out, inputs) >= FEW for out, inputs in shapes]
+            self._flipped.append(flipped)  # in x out
+            self._weights.append(
+                [
+                    torch.zeros(shape[::-1] if f else shape, device="cpu", dtype=torch.float32)
+                    for shape, f in zip(shapes, flipped, strict=True)
+                ]
+            )
+        self._widths = [b.shape[0] for layers in chain.couplings for _, b in layers]
+        count = sum(self._widths)
+        self._of_block = torch.zeros(count, device="cpu", dtype=torch.float32)
+        self._biases = torch.zeros(count, device="cpu", dtype=torch.float64)
+        each = iter(self._of_block.split(self._widths))
+        self._bias = [[next(each) for _ in layers] for layers in chain.couplings]
+
+    def add(self, index: int, k: int, d: Tensor, operand: Tensor) -> None:
+        """The share of ``d`` (out, N), the gradient of ``W operand + b``, to layer ``k``'s."""
+        total = self._weights[index][k]
+        torch.sum(d, 1, out=self._bias[index][k])
+        if not self._flipped[index][k]:
+            total.addmm_(d, operand.t())
+        elif min(total.shape) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
+            total.add_(linear_pointwise(operand, d, None, "none", [], ""))
+        else:
+            total.addmm_(operand, d.t())
+
+    def end_block(self) -> None:
+        """To be called after every block."""
+        self._biases += self._of_block
+
+    def merge(self, other: Totals) -> None:
+        """What another thread has summed."""
+        for mine, theirs in zip(self._weights, other._weights, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                a.add_(b)
+        self._biases += other._biases
+
+    def gathered(self) -> list[Tensor]:
+        """The gradients of the parameters, in their order, in memory of their own."""
+        found, biases = [], iter(self._biases.split(self._widths))
+        for side, flips, weights in zip(
+            self.chain.conditions, self._flipped, self._weights, strict=True
+        ):
+            for k, (flipped, total) in enumerate(zip(flips, weights, strict=True)):
+                weight = total.t() if flipped else total
+                if k == 0:  # without the column of the row of ones, see Columns
+                    context = self.chain.context
+                    first = 0 if side else weight.shape[1] - 1 - context
+                    c = weight[:, first + 1 : first + 1 + context]
+                    x = weight[:, first + 1 + context :] if side else weight[:, :first]
+                    weight = torch.cat((x, c), 1)
+                found += [weight.contiguous(), next(biases).float()]
         return found
-
-
-def _add_product(total: Sum, d: Tensor, operand: Tensor) -> None:
-    """The share of ``d`` (out, N), the gradient of ``W operand + b``."""
-    out, inputs = d.shape[0], operand.shape[0]
-    if min(out, inputs) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
-        total.add(linear_pointwise(d, operand, None, "none", [], ""), d.sum(1))
-    else:
-        total.add_product(d.t(), operand.t(), FEW)

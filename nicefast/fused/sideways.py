@@ -34,14 +34,15 @@ from ..blocks import Blocks
 from ..ops import check_log_scale
 from .blockwise import REBUILT_ELEMENTS
 from .chain import Chain
-from .columns import Block, Columns
+from .columns import Block, Columns, Totals
 from .flow import DifferentiableFlow
-from .sums import Gradients, Sum, merge
+from .sums import Gradients
 
 BLOCK_ELEMENTS = 1 << 18  # of one activation: a few of them stay in a core's own cache
 LEAST_FLOPS = 1 << 28  # below this, a batch is not worth the hand-over to threads
 
 
+Start = Callable[[Block, Block, slice], list[Tensor]]
 ENOUGH = 2  # log_probs in a row that were followed by a gradient which is the same for every row
 
 
@@ -171,7 +172,7 @@ class SidewaysFlow(DifferentiableFlow):
                 return self._scored(back, back.features, scales, grad[rows])
 
             gradients, found = self._backward(
-                x, context, False, start, wants_x, wants_context, left.layers
+                x, context, False, lambda _: start, wants_x, wants_context, left.layers
             )
             return gradients, self._of_log_scale(found)
 
@@ -201,14 +202,19 @@ class SidewaysFlow(DifferentiableFlow):
         check_log_scale(log_scale)
         scales, layers = self._scales(log_scale), Columns(self.chain, inverse=False)
 
-        def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
-            block.put(h[rows])
-            self._density(log_scale, scales, block.rows)(block, log_prob[rows])
-            return self._scored(back, block.features, scales, log_prob.new_ones(block.rows))
+        def begin(most: int) -> Start:
+            density, ones = self._density(log_scale, scales, most), log_prob.new_ones(most)
+
+            def start(back: Block, block: Block, rows: slice) -> list[Tensor]:
+                block.put(h[rows])
+                density(block, log_prob[rows])
+                return self._scored(back, block.features, scales, ones[: block.rows])
+
+            return start
 
         wants_context = context is not None and context.requires_grad
         gradients, found = self._backward(
-            x, context, False, start, x.requires_grad, wants_context, layers, to_the_end=True
+            x, context, False, begin, x.requires_grad, wants_context, layers, to_the_end=True
         )
         return Left(layers, (gradients, self._of_log_scale(found)))
 
@@ -217,12 +223,12 @@ class SidewaysFlow(DifferentiableFlow):
     ) -> list[Tensor]:
         """The gradient of h's two sides from that of log_prob, into ``back``'s (which may be h);
         log_scale's is returned."""
-        found = []
+        found, total = [], grad.sum()
         for into, side, scale in zip(back.features, h, scales, strict=True):
             z = side * scale
             score = likelihood.score(z, self.prior).mul_(grad)
             torch.mul(score, scale, out=into)
-            found.append(z.mul_(score).sum(1).add_(grad.sum()))
+            found.append(z.mul_(score).sum(1).add_(total))
         return found
 
     def _of_log_scale(self, found: list[Tensor]) -> Tensor:
@@ -272,14 +278,14 @@ class SidewaysFlow(DifferentiableFlow):
             back.take(grad_y[rows])
             return []
 
-        return self._backward(x, context, inverse, start, wants_x, wants_context)[0]
+        return self._backward(x, context, inverse, lambda _: start, wants_x, wants_context)[0]
 
     def _backward(
         self,
         x: Tensor,
         context: Tensor | None,
         inverse: bool,
-        start: Callable[[Block, Block, slice], list[Tensor]],
+        begin: Callable[[int], Start],
         wants_x: bool,
         wants_context: bool,
         layers: Columns | None = None,
@@ -287,7 +293,7 @@ class SidewaysFlow(DifferentiableFlow):
     ) -> tuple[Gradients, list[Tensor]]:
         """Back through the couplings from what ``start(back, block, rows)`` writes to ``back``, the
         gradient of the rows after them (``to_the_end``: ``block`` are those); and the sums over
-        blocks of what it returns.
+        blocks of what it returns. Each thread has its own, ``start = begin(most rows of a block)``.
 
         All sums are over the blocks of a thread, then over threads, in a fixed order: the same bits
         every time.
@@ -300,8 +306,8 @@ class SidewaysFlow(DifferentiableFlow):
         if context is not None and wants_context:
             grad_c = context.new_zeros(context.shape, dtype=torch.float32)
 
-        def work(share: range) -> tuple[list[list[Sum]], list[Tensor]]:
-            sums = [[Sum() for _ in own] for own in chain.couplings]
+        def work(share: range) -> tuple[Totals, list[Tensor]]:
+            totals, start = Totals(chain), begin(cut.size)
             found: list[Tensor] = []
             blocks = self._blocks(cut, share, keep=True)
             for rows, grad in self._blocks(cut, share):
@@ -313,20 +319,20 @@ class SidewaysFlow(DifferentiableFlow):
                 grad.context.zero_()
                 for index in reversed(steps):
                     wanted = index != steps[0] or wants_x or grad_c is not None
-                    layers.backward(block, grad, index, sums[index], wanted)
+                    layers.backward(block, grad, index, totals, wanted)
+                totals.end_block()
                 if grad_x is not None:
                     grad.put(grad_x[rows])
                 if grad_c is not None:
                     grad_c[rows] = grad.context.t()
-            return sums, found
+            return totals, found
 
-        (sums, found), *others = cut.deal(work)
+        (totals, found), *others = cut.deal(work)
         for other, more in others:
-            merge(sums, other)
+            totals.merge(other)
             for a, b in zip(found, more, strict=True):
                 a.add_(b)
-        parameters = [g for i, own in enumerate(sums) for g in layers.gathered(i, own)]
-        return Gradients(grad_x, grad_c, parameters), found
+        return Gradients(grad_x, grad_c, totals.gathered()), found
 
     def _cut(self, rows: int, training: bool = False) -> Blocks:
         chain = self.chain
