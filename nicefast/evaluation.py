@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import exact
 from .devices import device_of, dtype_of
 from .flow import NICE
+from .grid import round_to_grid
 from .precision import at_precision
 from .preprocessing import Preprocessing
 from .ranks import Ranks
@@ -48,7 +48,7 @@ class CellDensity(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         grid = self.model.grid
         assert grid is not None
-        corner = exact.round_to_grid(x, grid, down=True)
+        corner = round_to_grid(x, grid, down=True)
         return self.model.cell_log_prob(corner) - self.model.features * math.log(grid)
 
 
