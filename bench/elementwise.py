@@ -57,7 +57,7 @@ class Operation:
 
     case: str
     direction: str
-    work: str  # as nicefast.roofline.elementwise_work calls it
+    work: str  # as bench.work.elementwise_work calls it
     ways: dict[str, Way]
     exact: Way
     inputs: list[Any]

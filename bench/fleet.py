@@ -11,7 +11,9 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from nicefast.roofline import DEVICES, PRECISIONS, Published, flow_work
+from nicefast.roofline import DEVICES, PRECISIONS, Published
+
+from .work import flow_work
 
 GPUS = (1, 8, 1000)
 ROWS = (10**9, 10**12)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nicefast.roofline import Ceilings, Work, elementwise_work, flow_work
+from nicefast.roofline import Ceilings, Work
 
 from . import elementwise, timing
 from .gate import Gate
 from .providers import PRECISIONS, PROVIDERS, Mode, Shape, make_call
 from .timing import Call
+from .work import elementwise_work, flow_work
 from .workloads import Task
 
 Record = dict[str, Any]

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from nicefast.roofline import DEVICES, Ceilings, flow_work
+from nicefast.roofline import DEVICES, Ceilings
 
 from . import fleet, records
 from .naming import MINE, Names, distinct, is_flow, name_of, names_of, one_state, ordered, title
 from .pictures import PICTURES, drawn
 from .providers import Shape
 from .records import Record, number
+from .work import flow_work
 from .workloads import DIRECTIONS, FLOWS
 
 C = TypeVar("C")

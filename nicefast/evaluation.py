@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import exact
+from .devices import device_of, dtype_of
 from .flow import NICE
-from .precision import at_matmul_precision
+from .grid import round_to_grid
+from .precision import at_precision
 from .preprocessing import Preprocessing
 from .ranks import Ranks
-from .reference import at_least_float32
 
 SCORING_ROWS = 8192
 OBJECTIVES = ("density", "cells")
-MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}
 
 
 class Density(Protocol):
@@ -51,7 +48,7 @@ class CellDensity(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         grid = self.model.grid
         assert grid is not None
-        corner = exact.round_to_grid(x, grid, down=True)
+        corner = round_to_grid(x, grid, down=True)
         return self.model.cell_log_prob(corner) - self.model.features * math.log(grid)
 
 
@@ -120,7 +117,7 @@ def evaluate(
         raise ValueError(f"draws must be at least 1, got {draws}")
     discrete = not rows.is_floating_point()
     draws = draws if discrete else 1
-    with precision("float32", device_of(model)):
+    with at_precision("float32", device_of(model)):
         scores, raw = row_scores(model, rows, preprocessing, draws, seed)
     mean = scores.mean(0)
     if not mean.isfinite().all():
@@ -176,41 +173,3 @@ def mean_score(
     scores, _ = row_scores(model, rows, preprocessing, draws, seed, ranks.share(len(rows)))
     total = ranks.sum(scores.sum().to(device_of(model)))
     return total.item() / (draws * len(rows))
-
-
-@contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Matrix products in float32, tf32 or bf16 (operands; sums stay float32) within the block."""
-    if name not in MATMUL:
-        raise ValueError(f"precision must be one of {', '.join(MATMUL)}, got {name!r}")
-    # what autocast has cast it would keep to the block's end: the weights of the first step
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
-    )
-    with at_matmul_precision(MATMUL[name]), autocast:
-        yield
-
-
-def device_of(model: Density | nn.Module) -> torch.device:
-    """Where a module's parameters are; the CPU for what has none, such as a baseline."""
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
-
-
-def dtype_of(model: Density | nn.Module) -> torch.dtype:
-    """What rows are given to the model in: its parameters' dtype, float32 at least."""
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return at_least_float32(parameter.dtype)
-    return torch.float32
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device of that name; ValueError where it cannot be used here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None

@@ -1,21 +1,19 @@
 """Arithmetic whose bits depend on nothing but its operands: what an exact inverse is built of.
 
-A stream and shifts that lie on a grid, multiples of a power of two, are added and subtracted
-without rounding, as long as they stay within 2^24 steps (2^53 in float64). So x2 + m(x1) - m(x1)
-is x2, provided that m(x1) is the same both times, whatever the size of the batch, the number of
-threads, or the order in which a product sums. Here it is, since products are sums of integers:
-operands are rounded to so many bits that no partial sum leaves the 53 bits of float64, and then
-every order gives the same sum, on every machine. Activations are made of additions,
-multiplications and divisions, which IEEE 754 defines to the last bit.
+On a grid (:mod:`nicefast.grid`), x2 + m(x1) - m(x1) is x2, provided that m(x1) is the same both
+times, whatever the size of the batch, the number of threads, or the order in which a product sums.
+Here it is, since products are sums of integers: operands are rounded to so many bits that no
+partial sum leaves the 53 bits of float64, and then every order gives the same sum, on every
+machine. Activations are made of additions, multiplications and divisions, which IEEE 754 defines to
+the last bit.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,92 +22,13 @@ from torch.autograd.function import once_differentiable
 
 from .activations import ACTIVATIONS
 from .blocks import Blocks
+from .grid import uncompiled
 
 BLOCK_ELEMENTS = 1 << 19  # of one activation, in float64
 LEAST_ELEMENTS = 1 << 16  # below this, rows are not worth the hand-over to threads
 GPU_ELEMENTS = 1 << 26
 SUM_BITS = 53  # of integers that float64 adds exactly
-P = ParamSpec("P")
-T = TypeVar("T")
 LARGEST = 450  # exponent of operands: with its square, and the bits, still within float64
-
-
-def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, which a compiler leaves alone: it may fuse a product with a sum, and that
-    rounds differently. Marked when it is first called, since that takes PyTorch a second."""
-
-    marked: list[Callable[P, T]] = []
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not marked:
-            marked.append(torch.compiler.disable(function))
-        return marked[0](*args, **kwargs)
-
-    return call
-
-
-def check_grid(grid: float) -> float:
-    """``grid`` as a float, or an error: it must be a positive power of two.
-
-    >>> check_grid(0.3)
-    Traceback (most recent call last):
-        ...
-    ValueError: grid must be a power of two from 2^-100 to 2^100, got 0.3
-    """
-    if isinstance(grid, bool) or not isinstance(grid, int | float):
-        raise TypeError(f"grid must be a number, got {type(grid).__name__}")
-    if not 2.0**-100 <= grid <= 2.0**100 or math.frexp(grid)[0] != 0.5:
-        raise ValueError(f"grid must be a power of two from 2^-100 to 2^100, got {grid!r}")
-    return float(grid)
-
-
-def limit(grid: float, dtype: torch.dtype) -> float:
-    """Up to here, every multiple of ``grid`` is a number of ``dtype``."""
-    return grid * 2.0 ** (53 if dtype == torch.float64 else 24)
-
-
-class _Round(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: float, down: bool) -> Tensor:
-        steps = x * (1 / grid)
-        steps = steps.floor_() if down else steps.round_()
-        return steps.mul_(grid).add_(0.0)  # -0 becomes 0: it would not survive an addition
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return g, None, None
-
-
-def round_to_grid(x: Tensor, grid: float, down: bool = False) -> Tensor:
-    """The nearest multiple of ``grid``, half to even (``down``: the next one below); its gradient
-    is that of x.
-
-    >>> round_to_grid(torch.tensor([0.5, 1.5, -0.2]), 1.0)
-    tensor([0., 2., 0.])
-    """
-    return _Round.apply(x, grid, down)
-
-
-@uncompiled
-def check_range(name: str, y: Tensor, before: Tensor, grid: float) -> None:
-    """ValueError where a row of ``y`` (N, D) is outside the range in which the grid is exact.
-
-    A row in which ``before``, what ``y`` was made of, has a NaN may have one. Waits for a GPU.
-    """
-    if not y.numel():
-        return
-    most = limit(grid, y.dtype)
-    low, high = y.detach().aminmax()
-    if bool((low >= -most) & (high <= most)):
-        return
-    outside = ~(y.detach().abs() <= most) & ~before.detach().isnan().any(1, keepdim=True)
-    if outside.any():
-        row, feature = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}: row {row} has the value {y[row, feature].item():g} in feature {feature}, "
-            f"outside +-{most:g}, where a grid of {grid:g} is exact; take a coarser grid"
-        )
 
 
 class Operand(NamedTuple):
@@ -307,7 +226,7 @@ class _MLP(Function):
         kept = _Kept([], [], [])
         y = _run(layers, activation, h.contiguous(), drop, kept)
         kind = h.device.type
-        ctx.narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         ctx.activation, ctx.counts = ACTIVATIONS[activation], [len(own) for own in kept]
         ctx.save_for_backward(*parameters, *(t for own in kept for t in own))
         return y
@@ -324,15 +243,15 @@ class _MLP(Function):
         grads: list[Tensor | None] = [None] * len(parameters)
         for i in reversed(range(len(operands))):
             weight, bias = parameters[2 * i : 2 * i + 2]
-            dtype = ctx.narrow or torch.promote_types(g.dtype, weight.dtype)
-            narrow, h = g.to(dtype).contiguous(), operands[i]
+            dtype = ctx.autocast or torch.promote_types(g.dtype, weight.dtype)
+            cast, h = g.to(dtype).contiguous(), operands[i]
             h = h * masks[i - 1] if i and masks else h
             if wants[2 * i]:
-                grads[2 * i] = (narrow.t() @ h.to(dtype)).to(weight.dtype)
+                grads[2 * i] = (cast.t() @ h.to(dtype)).to(weight.dtype)
             if wants[2 * i + 1]:
                 grads[2 * i + 1] = g.sum(0).to(bias.dtype)
             if i or wants_h:
-                g = (narrow @ weight.to(dtype)).to(g.dtype)
+                g = (cast @ weight.to(dtype)).to(g.dtype)
             if i:
                 g = g.mul_(masks[i - 1]) if masks else g
                 made_of = inputs[i - 1] if ctx.activation.from_input else operands[i]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .files import written
 from .flow import NICE
 from .layers import AdditiveCoupling, is_plain_scaling, is_watched
 
@@ -67,12 +66,13 @@ def export_program(
     True
     """
     program = _program(model, path, method, ".pt2")
-    if not compiled:
-        _write(path, lambda partial: torch.export.save(program, partial))
-        return
-    from torch._inductor import aoti_compile_and_package
+    with written(path) as partial:
+        if compiled:
+            from torch._inductor import aoti_compile_and_package
 
-    _write(path, lambda partial: aoti_compile_and_package(program, package_path=partial))
+            aoti_compile_and_package(program, package_path=str(partial))
+        else:
+            torch.export.save(program, partial)
 
 
 def export_onnx(model: NICE, path: str | os.PathLike[str], method: str = "log_prob") -> None:
@@ -108,7 +108,8 @@ def export_onnx(model: NICE, path: str | os.PathLike[str], method: str = "log_pr
         program, input_names=names, output_names=[method], dynamo=True, verbose=False
     )
     assert onnx_program is not None
-    _write(path, lambda partial: onnx_program.save(partial, external_data=False))
+    with written(path) as partial:
+        onnx_program.save(partial, external_data=False)
 
 
 class _Plain(nn.Module):
@@ -207,14 +208,3 @@ def _example(model: NICE, method: str) -> dict[str, Tensor]:
     if model.context:
         given["context"] = torch.zeros(n, model.context, dtype=model.dtype, device=device)
     return given
-
-
-def _write(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    """``write`` to a file beside ``path``, of the same ending, renamed when complete."""
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
-    try:
-        write(str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

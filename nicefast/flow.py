@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from . import backend, exact, priors, reversible
+from . import backend, priors, reversible
 from . import functional as F  # noqa: N812
 from .checks import check_context, check_count, check_events
 from .distributions import FlowDistribution, FlowTransform
 from .fused import calls
 from .graphs import METHODS, GraphedFlow
+from .grid import check_grid, check_range, round_to_grid
 from .layers import MLP, AdditiveCoupling, Scaling, is_plain_scaling
 from .partition import Partition, partition_chain
 from .path import Path, choose_path
@@ -159,7 +160,7 @@ class NICE(nn.Module):
         return self._grid
 
     def _set_grid(self, grid: float | None) -> None:
-        self._grid = None if grid is None else exact.check_grid(grid)
+        self._grid = None if grid is None else check_grid(grid)
         self.configuration["grid"] = self._grid
         for i, coupling in enumerate(self._couplings()):
             coupling.grid, coupling.label = self._grid, f"coupling {i}"
@@ -437,8 +438,8 @@ class NICE(nn.Module):
     ) -> Tensor:
         """Rows through all couplings (inverse: back), by the path that was chosen."""
         if self.grid is not None:
-            given, h = h, exact.round_to_grid(h, self.grid)
-            exact.check_range("z" if inverse else "x", h, given, self.grid)
+            given, h = h, round_to_grid(h, self.grid)
+            check_range("z" if inverse else "x", h, given, self.grid)
             for i, coupling in enumerate(self.couplings):
                 own = getattr(coupling, "grid", None)
                 if own != self.grid:  # one that was put in later: its shifts would not be exact
@@ -503,7 +504,7 @@ class NICE(nn.Module):
             dtype=self.dtype,
         )
         h = h if plain else self.scaling.inverse(h)[0]
-        return h if self.grid is None else exact.round_to_grid(h, self.grid)
+        return h if self.grid is None else round_to_grid(h, self.grid)
 
     def _sample_context(
         self, n: int, context: Tensor | None

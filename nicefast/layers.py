@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import exact, watchers
 from . import functional as F  # noqa: N812
+from .grid import check_grid, check_range, round_to_grid
 from .ops import check_log_scale
 from .partition import Partition
 from .reference import ACTIVATIONS, at_least_float32
@@ -163,7 +164,7 @@ class AdditiveCoupling(nn.Module):
             )
         self.partition = partition
         self.conditioner = conditioner
-        self.grid = None if grid is None else exact.check_grid(grid)
+        self.grid = None if grid is None else check_grid(grid)
         self.label = "coupling"  # in messages
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,11 +177,11 @@ class AdditiveCoupling(nn.Module):
 
     def _couple(self, x: Tensor, context: Tensor | None, inverse: bool = False) -> Tensor:
         if self.grid is not None:
-            x = exact.round_to_grid(x.to(at_least_float32(x.dtype)), self.grid)
+            x = round_to_grid(x.to(at_least_float32(x.dtype)), self.grid)
         x, x1 = F.split_features(x, self.partition)
         y = F.additive_coupling(x, self.shift(x1, context), self.partition, inverse)
         if self.grid is not None:
-            exact.check_range(self.label, y.flatten(0, -2), x.flatten(0, -2), self.grid)
+            check_range(self.label, y.flatten(0, -2), x.flatten(0, -2), self.grid)
         return y
 
     @torch.no_grad()
@@ -209,7 +210,7 @@ class AdditiveCoupling(nn.Module):
             c = None if context is None else rows[1]
             shift = exact.mlp(layers, mlp.activation, rows[0], c, drop)
         shift = shift.view(*x1.shape[:-1], shift.shape[-1])
-        return exact.round_to_grid(shift.to(x1.dtype), self.grid)
+        return round_to_grid(shift.to(x1.dtype), self.grid)
 
     def extra_repr(self) -> str:
         return repr(self.partition) + ("" if self.grid is None else f", grid={self.grid:g}")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 _mkldnn: Any = torch.backends.mkldnn  # whose attributes are not declared
-LEVELS = {"tf32": "high", "bf16": "medium"}  # otherwise "highest"
+LEVELS = {"tf32": "high", "bf16": "medium"}  # of a backend's own setting; otherwise "highest"
+MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}  # bf16 is autocast's
 
 
 def matmul_precision(device: torch.device) -> str:
@@ -48,6 +49,24 @@ def at_matmul_precision(level: str) -> Iterator[None]:
         for backend, precision in zip(backends, own, strict=True):
             if precision not in ("none", backend.fp32_precision):
                 backend.fp32_precision = precision
+
+
+@contextmanager
+def at_precision(name: str, device: torch.device) -> Iterator[None]:
+    """Matrix products in float32, tf32 or bf16 (operands; sums stay float32) within the block.
+
+    >>> with at_precision("tf32", torch.device("cpu")):
+    ...     torch.get_float32_matmul_precision()
+    'high'
+    """
+    if name not in MATMUL:
+        raise ValueError(f"precision must be one of {', '.join(MATMUL)}, got {name!r}")
+    # what autocast has cast it would keep to the block's end: the weights of the first step
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
+    )
+    with at_matmul_precision(MATMUL[name]), autocast:
+        yield
 
 
 def _of_all_devices() -> str | None:

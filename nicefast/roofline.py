@@ -1,7 +1,7 @@
 """The least time in which a flow can be computed: what a call has to do, what a device can do.
 
-:func:`flow_work` and :func:`elementwise_work` count a call's work from shapes alone; the ceilings
-of a device are measured by :func:`ceilings`, or published, in :data:`DEVICES`.
+:func:`layers_work` counts a call's work from shapes alone; the ceilings of a device are measured by
+:func:`ceilings`, or published, in :data:`DEVICES`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,6 @@ from typing import NamedTuple
 import torch
 
 DIRECTIONS = ("log_prob", "forward", "inverse", "sample", "training")
-OPERATIONS = (
-    "coupling forward",
-    "coupling inverse",
-    "coupling in place",
-    "coupling backward",
-    "scaling forward",
-    "scaling backward",
-    "sampling",
-)
 PRECISIONS = ("bf16", "tf32", "tf32x3", "fp32")  # of products, as the kernels name them
 
 
@@ -96,18 +87,13 @@ DEVICES: dict[str, Published] = {
 }
 
 
-def flow_work(
-    rows: int,
-    features: int,
-    hidden: Sequence[int],
-    couplings: int,
-    direction: str,
-    context: int = 0,
+def layers_work(
+    rows: int, features: int, widths: Sequence[Sequence[int]], direction: str, context: int = 0
 ) -> Work:
     """The products, and the least bytes, of one call of a :class:`nicefast.NICE`.
 
-    Conditioners take ceil(D/2) features, then floor(D/2), in turn, as the half, alternating and
-    random partitions have it. All numbers in memory are float32. Bytes are those that no fusion
+    ``widths`` are those of each coupling's layers, from the conditioning features and the context
+    to the shifted features. All numbers in memory are float32. Bytes are those that no fusion
     saves, of N rows, D features, K of context and P parameters (log_scale among them):
 
         log_prob           4 N (D + K) + 4 N + 4 P    x and context read, log_prob written
@@ -122,29 +108,7 @@ def flow_work(
     of the context, which nobody needs. Nothing is computed twice, activations stay on the chip,
     and the optimizer is not counted; neither is anything element-wise.
 
-    ValueError for another direction, and for sizes of no flow.
-
-    >>> from nicefast.roofline import flow_work
-    >>> flow_work(10, 4, (3,), 2, "log_prob")
-    Work(flops=480, bytes=352)
-    """
-    _at_least("features", features, 2)
-    _at_least("couplings", couplings, 1)
-    _at_least("context", context, 0)
-    for width in hidden:
-        _at_least("hidden", width, 1)
-    widths = []
-    for i in range(couplings):
-        shifted = (features + i % 2) // 2
-        widths.append((features - shifted + context, *hidden, shifted))
-    return layers_work(rows, features, widths, direction, context)
-
-
-def layers_work(
-    rows: int, features: int, widths: Sequence[Sequence[int]], direction: str, context: int = 0
-) -> Work:
-    """:func:`flow_work` of any partitions and conditioners: ``widths`` are those of each coupling's
-    layers, from the conditioning features and the context to the shifted features.
+    ValueError for another direction.
 
     >>> from nicefast.roofline import layers_work
     >>> layers_work(10, 4, [(2, 3, 2), (2, 3, 2)], "log_prob")
@@ -152,7 +116,6 @@ def layers_work(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    _at_least("rows", rows, 0)
     weights, unneeded, parameters = 0, 0, features
     for i, own in enumerate(widths):
         weights += sum(a * b for a, b in itertools.pairwise(own))
@@ -171,44 +134,6 @@ def layers_work(
         "training": 2 * (n_x + n_context) + 4 * rows + 12 * parameters,
     }
     return Work(flops, moved[direction])
-
-
-def elementwise_work(rows: int, features: int, operation: str) -> Work:
-    """The least bytes of one element-wise operation on float32 rows; no products, so flops = 0.
-
-    Of N rows and D features, of which S = floor(D/2) are shifted:
-
-        coupling forward, inverse   4 N (2 D + S)    x and shift read, y written
-        coupling in place           12 N S           shifted half read and written, shift read
-        coupling backward           8 N S            shifted half of grad_y read, grad_shift
-                                    written; grad_x is grad_y itself
-        scaling forward             4 N D + 4 N      h read, log_prob written
-        scaling backward            8 N D + 4 N      h and the gradient of log_prob read, grad_h
-                                    written
-        sampling                    4 N D            rows written
-
-    What does not grow with N (log_scale, a bias, their gradients) is not counted. ValueError for
-    another operation, and for sizes of no rows.
-
-    >>> from nicefast.roofline import elementwise_work
-    >>> elementwise_work(10, 4, "coupling in place")
-    Work(flops=0, bytes=240)
-    """
-    if operation not in OPERATIONS:
-        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    _at_least("rows", rows, 0)
-    _at_least("features", features, 2 if operation.startswith("coupling") else 1)
-    shifted = features // 2
-    numbers = {
-        "coupling forward": 2 * features + shifted,
-        "coupling inverse": 2 * features + shifted,
-        "coupling in place": 3 * shifted,
-        "coupling backward": 2 * shifted,
-        "scaling forward": features + 1,
-        "scaling backward": 2 * features + 1,
-        "sampling": features,
-    }
-    return Work(0, 4 * rows * numbers[operation])
 
 
 @cache
@@ -250,8 +175,3 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
         wait()
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def _at_least(argument: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{argument} must be at least {least}, got {value}")

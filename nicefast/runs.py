@@ -21,7 +21,8 @@ from ._version import __version__
 from .baselines import Gaussian
 from .checkpoint import load, save
 from .data import Dataset
-from .evaluation import Density, Evaluation, density, evaluate, row_scores, usable_device
+from .devices import usable_device
+from .evaluation import Density, Evaluation, density, evaluate, row_scores
 from .flow import NICE
 from .preprocessing import Preprocessing
 from .ranks import Ranks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
+from .files import written
 
 
 def write(
@@ -34,14 +34,9 @@ def write(
     """
     from_torch, _ = _safetensors()
     kept = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     about = {"format": form, "nicefast_version": __version__, **metadata}
-    try:
+    with written(path) as partial:
         from_torch.save_file(kept, partial, metadata=about)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import nicefast as nf
 from nicefast import exact, reversible
 from nicefast.evaluation import CellDensity, evaluate
+from nicefast.grid import round_to_grid
 from nicefast.preprocessing import Preprocessing
 from nicefast.reference import ACTIVATIONS
 
@@ -313,7 +314,7 @@ def gradients(model, x, context, stored, inverse=False):
     """Of everything, with activations rebuilt or stored, at random cotangents."""
     leaves = [t.clone().requires_grad_() for t in (x, context) if t is not None]
     if stored:
-        h = exact.round_to_grid(leaves[0], model.grid)
+        h = round_to_grid(leaves[0], model.grid)
         for coupling in reversed(model.couplings) if inverse else model.couplings:
             h, _ = (coupling.inverse if inverse else coupling)(h, *leaves[1:])
     else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from nicefast.precision import at_matmul_precision, matmul_precision
+from nicefast.precision import at_matmul_precision, at_precision, matmul_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -56,3 +56,16 @@ def test_a_block_leaves_what_it_found():
     with at_matmul_precision("high"):
         assert matmul_precision(GPU) == "high"
     assert (matmul_precision(CPU), matmul_precision(GPU)) == ("medium", "highest")
+
+
+def test_a_block_by_the_name_of_its_precision():
+    with at_precision("bf16", CPU):
+        assert torch.is_autocast_enabled("cpu")
+        assert matmul_precision(CPU) == "highest"
+        with at_precision("tf32", CPU):
+            assert not torch.is_autocast_enabled("cpu")
+            assert matmul_precision(CPU) == "high"
+    assert not torch.is_autocast_enabled("cpu")
+    assert matmul_precision(CPU) == "highest"
+    with pytest.raises(ValueError, match="precision must be one of float32, tf32, bf16, got 'fp8'"):
+        at_precision("fp8", CPU).__enter__()

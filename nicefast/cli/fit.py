@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import Dataset, inventory, load_data
-from ..evaluation import Evaluation, usable_device
+from ..devices import usable_device
+from ..evaluation import Evaluation
 from ..ranks import process_group
 from ..runs import Run, carry_out, run_folder, write_run
 from ..training import PRESETS, Configuration

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import written
 from ..scoring.models import resolve
 from .codec import Codec
 from .container import ARITHMETIC, CONTENT, MODEL, Head, Reader, Writer
@@ -88,9 +88,7 @@ def compress(
             f"got {found.features}"
         )
     content, size = _digest(found.pieces())
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    check = out.with_name(f".{out.name}.{secrets.token_hex(4)}.check")
-    try:
+    with written(out) as partial:
         with partial.open("wb") as file:
             kind = KINDS.index(found.kind)
             head = Head(kind, codec.identity, codec.arithmetic, found.size, found.wrapper)
@@ -103,14 +101,11 @@ def compress(
                     among = f", rows from {start:,} on" if start else ""
                     raise ValueError(f"input {source}{among}: {problem}") from None
             writer.finish(content)
-        if not _restore(Reader(partial), codec, check, keep=False):
+        if not _restore(Reader(partial), codec, out, keep=False):
             raise ValueError(
                 f"input {source} would not come back byte for byte: its values are not written as "
                 "usual (spaces, quotes, signs, leading zeros or empty lines in a .csv)"
             )
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     length = out.stat().st_size
     levels = max(found.size * found.features, 1)
     return Compressed(out, found.size, size, length, 8 * length / levels)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfileobj
-from typing import IO, Any
+from typing import Any
 from urllib.request import urlopen
+
+from ..files import written
 
 FOLDERS = ("data", "/usr/share/datasets")  # looked in where nothing else is said
 
@@ -124,21 +125,13 @@ def download(source: Source, folder: Path) -> None:
             raise ValueError(f"{url}: could not be downloaded to {folder} ({why})") from why
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when all of it is written; after an error nothing is left."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _fetch(url: str, md5: str, path: Path) -> None:
     digest = hashlib.md5(usedforsecurity=False)
-    with _written(path) as file, urlopen(url, timeout=60) as answer:
+    with (
+        written(path) as partial,
+        partial.open("wb") as file,
+        urlopen(url, timeout=60) as answer,
+    ):
         while block := answer.read(2**20):
             file.write(block)
             digest.update(block)
@@ -152,6 +145,6 @@ def _unpack(archive: Path, wanted: set[str]) -> None:
             path = archive.with_name(Path(member.name).name)
             content = tar.extractfile(member) if path.name in wanted else None
             if content is not None:
-                with _written(path) as file:
+                with written(path) as partial, partial.open("wb") as file:
                     copyfileobj(content, file)
     archive.unlink()

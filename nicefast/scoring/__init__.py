@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation import Density, device_of
+from ..devices import device_of, usable_device
+from ..evaluation import Density
 from ..precision import matmul_precision
 from ..preprocessing import Preprocessing
 from ..ranks import Ranks
@@ -136,7 +137,7 @@ def score(
     path = None if out is None else Path(out).absolute()
     _check(path, keys, batch_rows, chunk_rows, resume, ranks)
     density, steps = resolve(model, preprocessing, device)
-    place = device_of(density) if device is None else torch.empty(0, device=device).device
+    place = device_of(density) if device is None else usable_device(device)
     table = _table(source, columns, keys, event_shape(density))
     scorer = Scorer(density, steps, outputs, table.features, seed, draws, reference)
     rows, layout = count_rows(table, ranks), scorer.layout(table.keys)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load
-from ..evaluation import Density, device_of, dtype_of, usable_device
+from ..devices import device_of, dtype_of, usable_device
+from ..evaluation import Density
 from ..preprocessing import Preprocessing
 
 BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}  # bytes of a batch's tensors

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..evaluation import Density, dtype_of
+from ..devices import dtype_of
+from ..evaluation import Density
 from ..preprocessing import Preprocessing
 from ..preprocessing.moments import wide
 from .models import event_shape

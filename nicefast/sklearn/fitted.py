@@ -19,8 +19,9 @@ import torch
 from ..baselines import Gaussian
 from ..checkpoint import load, save
 from ..data import Dataset
-from ..evaluation import SCORING_ROWS, precision
+from ..evaluation import SCORING_ROWS
 from ..flow import NICE
+from ..precision import at_precision
 from ..preprocessing import Preprocessing
 from ..training import Epoch, History, Recipe, fit, initialise
 from .columns import Array, Columns, with_noise
@@ -48,7 +49,7 @@ class FittedFlow:
     def log_prob(self, rows: Array) -> Array:
         scale = self.model.scaling.log_scale
         found = np.empty(len(rows))
-        with precision("float32", scale.device):
+        with at_precision("float32", scale.device):
             for start in range(0, len(rows), SCORING_ROWS):
                 part = slice(start, start + SCORING_ROWS)
                 x, log_det = self.columns.exact(torch.from_numpy(rows[part]))

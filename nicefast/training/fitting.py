@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset
-from ..evaluation import density, mean_score, precision
+from ..evaluation import density, mean_score
 from ..flow import NICE
+from ..precision import at_precision
 from ..preprocessing import Preprocessing
 from ..ranks import Ranks
 from .optimisers import average, learning_rate, make_optimiser
@@ -104,7 +105,7 @@ def fit(
     devices = [run.device] if run.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices, device_type="cuda"),
-        precision(run.recipe.precision, run.device),
+        at_precision(run.recipe.precision, run.device),
     ):
         if progress is not None:
             for epoch in run.records:

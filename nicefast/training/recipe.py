@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ..evaluation import MATMUL, OBJECTIVES
+from ..evaluation import OBJECTIVES
+from ..precision import MATMUL
 from .optimisers import SCHEDULES
 
 STARTS = ("data", "paper")
