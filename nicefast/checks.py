@@ -21,6 +21,10 @@ def check_events(name: str, x: Tensor, event_shape: torch.Size, device: torch.de
             f"{name} must be floating point, got {x.dtype}: convert it first, "
             f"and dequantise integer levels by adding noise"
         )
+    if x.dtype.itemsize < 2:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {x.layout}")
     if tuple(x.shape[x.ndim - len(event_shape) :]) != tuple(event_shape):
         shape = ", ".join(map(str, event_shape))
         raise ValueError(f"{name} must have shape (..., {shape}), got {tuple(x.shape)}")

@@ -470,6 +470,7 @@ class NICE(nn.Module):
         if (
             type(x) is Tensor
             and x.dtype is torch.float32
+            and x.layout is torch.strided
             and context is None
             and not self.context
             and x.ndim == 2

@@ -298,6 +298,16 @@ BAD_CALLS = [
         "x must be floating point, got torch.int32.*dequant",
     ),
     (lambda m: m.log_prob([0.0] * 6), TypeError, "x must be a torch.Tensor, got list"),
+    (
+        lambda m: m.log_prob(X.to_sparse()),
+        TypeError,
+        "x must be dense, got layout torch.sparse_coo",
+    ),
+    (
+        lambda m: m.inverse(X.to(torch.float8_e4m3fn)),
+        TypeError,
+        "z must be float16, bfloat16, float32 or float64, got torch.float8",
+    ),
     (lambda m: m.log_prob(X.to("meta")), ValueError, "x must be on cpu.*got meta"),
     (lambda m: m.log_prob(torch.zeros(())), ValueError, r"x must have shape"),
     (lambda m: m.inverse(X[:, :5]), ValueError, "z must have shape"),

@@ -1,8 +1,9 @@
 """Whether the parameters of a chain are what they were, as far as PyTorch can tell.
 
 Which tensors they are, the chain itself knows: nothing is kept that refers to them, not even
-weakly, since PyTorch would then refuse to swap them. What is written through ``p.data`` stays
-unseen, as it does in PyTorch itself.
+weakly, since PyTorch would then refuse to swap them. A parameter that shares its memory, as a slice
+of one flat vector does, is written to under another name: it never is what it was. What is written
+through ``p.data`` stays unseen, as it does in autograd.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .chain import Chain
@@ -32,8 +34,13 @@ def versions(chain: Chain) -> list[Version]:
     """Of parameters that count their writes, as those of inference mode do not."""
     _watch_optimizers()
     # a replayed step is not seen at all: such parameters never are what they were
-    steps = _steps if _replayed.isdisjoint(p.data_ptr() for p in chain.parameters) else object()
+    seen = _replayed.isdisjoint(p.data_ptr() for p in chain.parameters)
+    steps = _steps if seen and not any(map(_shares_memory, chain.parameters)) else object()
     return [Version(p.data_ptr(), p.stride(), p._version, steps) for p in chain.parameters]
+
+
+def _shares_memory(p: Tensor) -> bool:
+    return p.untyped_storage().nbytes() != p.nbytes
 
 
 @functools.cache

@@ -4,7 +4,7 @@ What is packed is kept with the chain, which another takes the place of as soon 
 another tensor. It is filled in again, at the same addresses (a captured CUDA graph reads them
 there), when one lies elsewhere or counts another version, and after every optimizer step: fused
 optimizers count no versions. Only what is written through ``p.data`` stays unseen, as it does in
-PyTorch itself. Within a graph that somebody else captures, every replay packs.
+autograd. Within a graph that somebody else captures, every replay packs.
 """
 
 from __future__ import annotations
