@@ -211,7 +211,7 @@ class Couple(Function):
             grads = _gradients_again(again, inputs, ctx.needs_input_grad[3:], grad_y)
             return None, None, None, *grads
         _, _, _, wants_x, wants_context, *_ = ctx.needs_input_grad
-        if isinstance(ctx.fused, SidewaysFlow):
+        if isinstance(ctx.fused, SidewaysFlow) and chain.rebuild:
             gradients = ctx.fused.couple_backward(
                 grad_y, x, context, ctx.inverse, wants_x, wants_context
             )

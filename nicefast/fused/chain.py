@@ -12,7 +12,8 @@ from ..activations import ACTIVATIONS
 from ..partition import Features
 
 NARROW = 128  # hidden units, at most
-SIDEWAYS = 512  # hidden units up to which blocks on their side are faster than others in float32
+SIDEWAYS = 512  # hidden units up to which blocks on their side are faster than others in float32,
+RECORDED = 256  # and with gradients
 Layers = tuple[tuple[Tensor, Tensor], ...]  # (weight, bias) of each linear layer of one conditioner
 
 
@@ -75,10 +76,9 @@ class Chain:
         """Whether other operations take a good part of the time that products do."""
         return self.hidden <= NARROW
 
-    @property
-    def sideways(self) -> bool:
-        """Whether blocks of rows are best laid on their side, where no gradient is asked for."""
-        return self.hidden <= SIDEWAYS and not self.bfloat16
+    def sideways(self, recorded: bool) -> bool:
+        """Whether blocks of rows are best laid on their side; ``recorded``: for a gradient."""
+        return self.hidden <= (RECORDED if recorded else SIDEWAYS) and not self.bfloat16
 
     @cached_property
     def largest(self) -> int:

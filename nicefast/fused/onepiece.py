@@ -1,10 +1,10 @@
 """A batch on the CPU from x to log_prob in one piece: each operation on all rows, by all threads.
 
 Few rows cost less than the calls that compute them: here are as few of those as can be. With
-products in bfloat16, as fast as those are, that holds for many rows, too. And where activations are
-kept for a gradient, blocks of rows would save nothing: what is kept goes through memory anyway.
-Wide flows keep them as they would anyway; narrow ones, which can rebuild them, only 64 MiB at most,
-however many couplings there are.
+products in bfloat16, as fast as those are, that holds for many rows, too. And where the activations
+of a wide flow are kept for a gradient, blocks of rows would save nothing: what is kept goes through
+memory anyway. Flows up to 256 hidden units, which have another way, keep 64 MiB at most, however
+many couplings there are.
 """
 
 from __future__ import annotations
@@ -51,12 +51,15 @@ class OnePiece(DifferentiableFlow):
     def serves(chain: Chain, rows: int, recorded: bool) -> bool:
         """Whether so many rows are best at once; ``recorded``: for a gradient."""
         if recorded:
-            return not chain.rebuild or rows * chain.kept <= KEPT_ELEMENTS
+            blocks = chain.rebuild or (chain.sideways(recorded) and not go_alone(chain, rows))
+            return not blocks or rows * chain.kept <= KEPT_ELEMENTS
         if chain.bfloat16:
             return rows * chain.width <= BFLOAT16_ELEMENTS
         if not chain.rebuild and go_alone(chain, rows):
             return True
-        return rows * chain.kept <= (AT_ONCE_ELEMENTS if chain.sideways else KEPT_ELEMENTS)
+        return rows * chain.kept <= (
+            AT_ONCE_ELEMENTS if chain.sideways(recorded) else KEPT_ELEMENTS
+        )
 
     def pieces(self, rows: int) -> str:
         return f"{rows} rows in one piece"

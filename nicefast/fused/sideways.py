@@ -1,6 +1,6 @@
 """A flow on the CPU from x to log_prob in one pass over blocks of rows laid on their side.
 
-For up to 512 hidden units; with gradients, up to 128.
+For up to 512 hidden units; with gradients, up to 256.
 
 A block's matrix has one row of memory for each feature. Whatever the partition, a side is a slice
 of it, every loop runs along the batch, and a product with a handful of features goes as fast as
@@ -13,8 +13,9 @@ column of its weights: a layer is one product. Of the batch only x is read from 
 result written; in between, the same buffers serve block after block.
 
 The gradient rebuilds activations a block at a time, from the chain's input (see
-:mod:`nicefast.fused.blockwise`): what is stored does not grow with the number of couplings. In
-training there is no need to: where the last two log_probs of a flow were each followed by a
+:mod:`nicefast.fused.blockwise`): what is stored does not grow with the number of couplings. Only
+where more than 128 hidden units would make that dear, every block is kept as it is. In training
+there is no need for either: where the last two log_probs of a flow were each followed by a
 gradient that is the same for every row, as that of a mean is, the next one takes each block
 forwards and back at once, and its gradient, when it comes, is a factor.
 """
@@ -59,10 +60,12 @@ _learnt: WeakKeyDictionary[Chain, _Learnt] = WeakKeyDictionary()
 
 @dataclass
 class Left:
-    """What :meth:`SidewaysFlow.log_prob` leaves for its gradient besides h: the layers, and the
-    gradients of its sum over rows, where they are known already; the last is log_scale's."""
+    """What :meth:`SidewaysFlow.log_prob` leaves for its gradient besides h: the layers; every
+    block, by its first row, where they are kept; and the gradients of its sum over rows, where they
+    are known already; the last is log_scale's."""
 
     layers: Columns
+    kept: dict[int, Block] | None = None
     of_sum: tuple[Gradients, Tensor] | None = None
 
 
@@ -79,7 +82,7 @@ class SidewaysFlow(DifferentiableFlow):
     @staticmethod
     def serves(chain: Chain, recorded: bool) -> bool:
         """Whether rows that are not few are best so; ``recorded``: for a gradient."""
-        return chain.sideways and (chain.rebuild or not recorded)
+        return chain.sideways(recorded)
 
     def pieces(self, rows: int) -> str:
         return f"{self._cut(rows).describe()}, each on its side"
@@ -112,7 +115,9 @@ class SidewaysFlow(DifferentiableFlow):
             left = self._forward_and_back(x, context, log_scale, h, log_prob)
         else:
             cut = self._cut(len(x), training=True)  # as its gradient will be
-            left = Left(self._forward(x, context, log_scale, h, None, log_prob, cut))
+            kept: dict[int, Block] | None = None if self.chain.rebuild else {}
+            layers = self._forward(x, context, log_scale, h, None, log_prob, cut, kept)
+            left = Left(layers, kept)
         return log_prob, h, left
 
     def _forward(
@@ -124,8 +129,9 @@ class SidewaysFlow(DifferentiableFlow):
         z: Tensor | None,
         log_prob: Tensor | None,
         cut: Blocks | None = None,
+        kept: dict[int, Block] | None = None,
     ) -> Columns:
-        """Rows x into those of h, z and log_prob that are given."""
+        """Rows x into those of h, z and log_prob that are given; blocks into ``kept``."""
         check_log_scale(log_scale)
         scales, cut = self._scales(log_scale), cut or self._cut(len(x))
         layers = Columns(self.chain, inverse=False)
@@ -134,7 +140,7 @@ class SidewaysFlow(DifferentiableFlow):
             density = None
             if log_prob is not None:
                 density = self._density(log_scale, scales, cut.size)
-            for rows, block in self._blocks(cut, share):
+            for rows, block in self._blocks(cut, share, kept=kept):
                 block.take(x[rows], None if context is None else context[rows])
                 layers.run(block)
                 if h is not None:
@@ -172,7 +178,7 @@ class SidewaysFlow(DifferentiableFlow):
                 return self._scored(back, back.features, scales, grad[rows])
 
             gradients, found = self._backward(
-                x, context, False, lambda _: start, wants_x, wants_context, left.layers
+                x, context, False, lambda _: start, wants_x, wants_context, left.layers, left.kept
             )
             return gradients, self._of_log_scale(found)
 
@@ -216,7 +222,7 @@ class SidewaysFlow(DifferentiableFlow):
         gradients, found = self._backward(
             x, context, False, begin, x.requires_grad, wants_context, layers, to_the_end=True
         )
-        return Left(layers, (gradients, self._of_log_scale(found)))
+        return Left(layers, of_sum=(gradients, self._of_log_scale(found)))
 
     def _scored(
         self, back: Block, h: Iterable[Tensor], scales: list[Tensor], grad: Tensor
@@ -289,11 +295,13 @@ class SidewaysFlow(DifferentiableFlow):
         wants_x: bool,
         wants_context: bool,
         layers: Columns | None = None,
+        kept: dict[int, Block] | None = None,
         to_the_end: bool = False,
     ) -> tuple[Gradients, list[Tensor]]:
         """Back through the couplings from what ``start(back, block, rows)`` writes to ``back``, the
-        gradient of the rows after them (``to_the_end``: ``block`` are those); and the sums over
-        blocks of what it returns. Each thread has its own, ``start = begin(most rows of a block)``.
+        gradient of the rows after them (``to_the_end``: ``block`` are those; ``kept``: they were
+        there already); and the sums over blocks of what it returns. Each thread has its own,
+        ``start = begin(most rows of a block)``.
 
         All sums are over the blocks of a thread, then over threads, in a fixed order: the same bits
         every time.
@@ -311,9 +319,12 @@ class SidewaysFlow(DifferentiableFlow):
             found: list[Tensor] = []
             blocks = self._blocks(cut, share, keep=True)
             for rows, grad in self._blocks(cut, share):
-                _, block = next(blocks)
-                block.take(x[rows], None if context is None else context[rows])
-                layers.run(block, to_the_end)
+                if kept is not None:
+                    block = kept[rows.start]
+                else:
+                    _, block = next(blocks)
+                    block.take(x[rows], None if context is None else context[rows])
+                    layers.run(block, to_the_end)
                 more = start(grad, block, rows)
                 found = [a.add_(b) for a, b in zip(found, more, strict=True)] if found else more
                 grad.context.zero_()
@@ -343,15 +354,22 @@ class SidewaysFlow(DifferentiableFlow):
         return Blocks(rows, max(1, most), LEAST_FLOPS // chain.flops, cpu)
 
     def _blocks(
-        self, cut: Blocks, share: Iterable[int], keep: bool = False
+        self,
+        cut: Blocks,
+        share: Iterable[int],
+        keep: bool = False,
+        kept: dict[int, Block] | None = None,
     ) -> Iterator[tuple[slice, Block]]:
-        """The rows of each block of a share, and buffers for them."""
+        """The rows of each block of a share, and buffers for them: the same again and again, or,
+        into ``kept``, each its own. ``keep``: with all that a gradient needs."""
         block = None
         for i in share:
             rows = cut[i]
             count = rows.stop - rows.start
-            if block is None or block.rows != count:
-                block = Block(self.chain, count, keep)
+            if block is None or block.rows != count or kept is not None:
+                block = Block(self.chain, count, keep or kept is not None)
+            if kept is not None:
+                kept[rows.start] = block
             yield rows, block
 
     def _scales(self, log_scale: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Narrow flows on the CPU, at the sizes where the way through them changes: few rows and many."""
+"""Rows on their side on the CPU, at the sizes where the way changes: few rows and many, widths."""
 
 import copy
 
@@ -9,7 +9,7 @@ import nicefast as nf
 from helpers import assert_three_way, make, strided
 from nicefast.blocks import Blocks
 from nicefast.fused import calls, handful, onepiece, sideways
-from nicefast.fused.chain import NARROW, SIDEWAYS
+from nicefast.fused.chain import NARROW, RECORDED, SIDEWAYS
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_log_prob_and_its_gradient(options, rows):
     Smooth ones: one row at relu's kink would decide. And the largest error of a few long sums is a
     matter of luck.
     """
-    model = make(6, hidden=(32, 24), **{"activation": "tanh", **options})
+    model = make(6, **{"hidden": (32, 24), "activation": "tanh", **options})
     x, cotangent = torch.randn(rows, 6), torch.randn(rows)
     c = torch.randn(rows, 3) if model.context else None
     assert nf.choose_path(model, x, c).differentiable is not None
@@ -53,7 +53,7 @@ def test_log_prob_and_its_gradient(options, rows):
 @pytest.mark.parametrize("rows", [1, 300])
 def test_log_prob_and_its_gradient_of_rows_on_their_side(monkeypatch, rows):
     monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
-    for options in OPTIONS:
+    for options in (*OPTIONS, {"hidden": (NARROW + 20, 24), "context": 3}):
         test_log_prob_and_its_gradient(options, rows)
 
 
@@ -84,11 +84,12 @@ def test_wider_flows_lie_on_their_side_where_no_gradient_is_asked_for(options):
                 got, plain, exact = got[0], plain[0], exact[0]
             assert_three_way(got[sound], plain[sound], exact[sound])
             assert not got[~sound].reshape(2, -1).isfinite().all(1).any()
-    assert isinstance(nf.choose_path(model, x, c).differentiable, onepiece.OnePiece)  # recorded
 
 
 def test_flows_that_are_too_wide_do_not_lie_on_their_side():
     x = torch.zeros(1, 6).expand(100_000, 6)
+    for width, kind in ((RECORDED, sideways.SidewaysFlow), (RECORDED + 1, onepiece.OnePiece)):
+        assert type(nf.choose_path(make(6, hidden=(width,)), x).fused) is kind
     with torch.no_grad():
         widest = nf.choose_path(make(6, hidden=(SIDEWAYS,)), x).fused
         assert isinstance(widest, sideways.SidewaysFlow)
@@ -163,9 +164,10 @@ def is_at_once(value):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_training_goes_forwards_and_back_at_once(in_blocks, options):
+@pytest.mark.parametrize("width", [32, NARROW + 2])
+def test_training_goes_forwards_and_back_at_once(in_blocks, width, options):
     """From the third step on; with the same bits, and only where the gradient allows it."""
-    model = make(6, hidden=(32, 24), **options)
+    model = make(6, hidden=(width, 24), **options)
     x = torch.randn(301, 6, requires_grad=True)
     c = torch.randn(301, 3, requires_grad=True) if model.context else None
     wanted = [x, *([] if c is None else [c]), *model.parameters()]
@@ -173,6 +175,7 @@ def test_training_goes_forwards_and_back_at_once(in_blocks, options):
     for at_once in (False, False, True, True):
         value = model.log_prob(x, c)
         assert is_at_once(value) == at_once
+        assert (value.grad_fn.left.kept is not None) == (width > NARROW and not at_once)
         seen.append((value.detach(), *torch.autograd.grad(value.mean(), wanted)))
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
     with nf.set_backend("reference"):
