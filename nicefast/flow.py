@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from . import backend, priors, reversible
 from . import functional as F  # noqa: N812
+from . import priors, reversible
 from .checks import check_context, check_count, check_events
 from .distributions import FlowDistribution, FlowTransform
+from .explanation import explanation
 from .fused import calls
 from .graphs import METHODS, GraphedFlow
 from .grid import check_grid, check_range, round_to_grid
@@ -421,8 +422,7 @@ class NICE(nn.Module):
             path = choose_path(self, like, context)
         with torch.enable_grad():
             recorded = choose_path(self, like.requires_grad_(), context)
-        elementwise = f"element-wise operations: {backend.describe(device)}"
-        return f"{path.describe(rows, self.features, device, recorded)}\n{elementwise}"
+        return explanation(path, recorded, rows, self.features, device)
 
     @property
     def dtype(self) -> torch.dtype:

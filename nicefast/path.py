@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from . import backend, watchers
-from .fused.blockwise import cut
 from .fused.casts import forget_casts
 from .fused.chain import Chain
 from .fused.flow import DifferentiableFlow, FusedFlow
@@ -31,7 +30,6 @@ from .fused.wide import WideFlow
 from .layers import PLAIN, Scaling, is_plain_scaling, plain_layers
 from .precision import matmul_precision
 from .reading import read
-from .roofline import DEVICES, ceilings, layers_work
 
 LAYERS = "layer by layer"
 EXACT = "exact"
@@ -63,56 +61,6 @@ class Path(NamedTuple):
     def differentiable(self) -> DifferentiableFlow | None:
         """What also has the gradient of log_prob."""
         return self.fused if isinstance(self.fused, DifferentiableFlow) else None
-
-    def pieces(self, rows: int, device: torch.device) -> str:
-        """Tile or blocks, for people."""
-        if self.fused is not None:
-            return self.fused.pieces(rows)
-        assert self.chain is not None
-        return cut(self.chain, rows, device).describe()
-
-    def describe(self, rows: int, features: int, device: torch.device, recorded: Path) -> str:
-        """Path, tile or blocks, precision, products, bytes, and the least time for each row; and
-        the path with gradients."""
-        if self.chain is None:
-            return f"{self.name}: {self.reason}"
-        chain = self.chain
-        operands = "bfloat16" if chain.bfloat16 else "float32"
-        widths = [(w[0][0].shape[1], *(b.shape[0] for _, b in w)) for w in chain.couplings]
-        work = layers_work(rows, features, widths, "log_prob", chain.context)
-        precision = matmul_precision(device)
-        measured = ceilings(device, chain.bfloat16, precision)
-        kind = "bf16" if chain.bfloat16 else KERNEL_PRECISION[precision]
-        if self.whole is not None:
-            kind = self.whole.tile.products
-        if kind == "tf32x3":
-            # three products of TF32, each at half the rate of bfloat16
-            sixth = ceilings(device, True, precision).flops / 6
-            measured = measured._replace(flops=max(measured.flops, sixth))
-        elsewhere = ", ".join(
-            f"{name} {published.ceilings(kind).seconds(*work) * 1e3:.3g} ms"
-            for name, published in DEVICES.items()
-        )
-        assert recorded.chain is not None  # gradients change how, not whether
-        kept = "rebuilds" if recorded.chain.rebuild else "keeps"
-        at_once = (
-            ", or goes with the forward pass" if isinstance(recorded.fused, SidewaysFlow) else ""
-        )
-        return "\n".join(
-            (
-                f"{self.name}: {self.reason}",
-                self.pieces(rows, device),
-                f"{chain.products} products, {operands} operands, float32 sums and stream, "
-                f"float32 matmul precision '{precision}'",
-                f"log_prob: {work.flops:,} flop of products, {work.bytes:,} bytes (x and "
-                "parameters in, log_prob out): at "
-                f"least {measured.seconds(*work) * 1e3:.3g} ms here, by "
-                f"{measured.flops / 1e9:.3g} GFLOP/s and {measured.bytes / 1e9:.3g} GB/s, measured",
-                f"at least, by published rates of {kind} products: {elsewhere}",
-                f"with gradients: {recorded.pieces(rows, device)}; the backward pass {kept} "
-                f"activations ({chain.hidden} hidden units at most){at_once}",
-            )
-        )
 
 
 class Flow(Protocol):
