@@ -23,6 +23,7 @@ from .checks import (
     check_rows,
     check_seed,
     check_tensor,
+    check_type,
 )
 from .fused import FusedFlow, blockwise
 from .fused.chain import Chain
@@ -451,6 +452,8 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     >>> nf.functional.draw_seed(torch.Generator().manual_seed(0)) >= 0
     True
     """
+    if generator is not None:
+        check_type("generator", generator, torch.Generator, "a torch.Generator")
     device = "cpu" if generator is None else generator.device
     high = torch.iinfo(torch.int64).max
     return int(torch.randint(high, (), generator=generator, device=device))
