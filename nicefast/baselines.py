@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_type
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -59,7 +61,7 @@ class Gaussian:
 
         Raises ValueError for rows with another number of features than were fitted.
         """
-        rows = x.double().flatten(1)
+        rows = _flat(x)
         if rows.shape[1] != len(self.mean):
             raise ValueError(f"x must have {len(self.mean)} features, got shape {tuple(x.shape)}")
         centred = rows - self.mean
@@ -74,9 +76,17 @@ class Gaussian:
 _EPS = torch.finfo(torch.float64).eps
 
 
+def _flat(x: Tensor) -> Tensor:
+    """``x`` as (N, D) in float64."""
+    check_type("x", x, Tensor, "a torch.Tensor")
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (N, ...), got {tuple(x.shape)}")
+    return x.double().flatten(1)
+
+
 def _rows(x: Tensor) -> Tensor:
     """``x`` as (N, D) in float64, or a ValueError where no density can be fitted to it."""
-    rows = x.double().flatten(1)
+    rows = _flat(x)
     if len(rows) < 2 or not rows.isfinite().all():
         raise ValueError(f"x must be two or more rows of finite values, got {tuple(x.shape)}")
     constant = (rows.amin(0) == rows.amax(0)).nonzero().flatten().tolist()

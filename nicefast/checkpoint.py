@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import tensorfile
+from .checks import check_path, check_type
 from .flow import NICE
 from .layers import AdditiveCoupling
 from .partition import Partition
@@ -35,6 +36,7 @@ def save(model: NICE, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, NICE):
         raise TypeError(f"model must be a nicefast.NICE, got {type(model).__name__}")
+    check_path("path", path)
     if _structure(model) != _structure(_build(model.configuration)):
         raise ValueError(
             "model cannot be saved: its layers are not those of its configuration "
@@ -52,11 +54,20 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: truncated, damaged, or not written by :func:`save`.
+        TypeError: ``path`` is no path, or ``device`` no device.
+        ValueError: an unknown device; a file that is truncated, damaged, or not written by
+            :func:`save`.
         ImportError: safetensors is not installed.
 
     See :func:`save` for an example.
     """
+    check_path("path", path)
+    if device is not None:
+        check_type("device", device, (str, torch.device), "a device or its name")
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device must be a device or its name, got {device!r}") from None
     tensors, metadata = tensorfile.read(path, FORMAT, "nicefast flow", device)
     try:
         model = _build(json.loads(metadata["configuration"]))

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,8 +83,45 @@ def check_count(name: str, count: int, least: int = 0) -> None:
 
 def check_seed(seed: int) -> None:
     """0 <= seed < 2^63."""
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt | Integral):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, Python's or NumPy's: a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: float, finite: bool = True) -> None:
+    """A real number, and no NaN; unless ``finite`` is asked for it may be infinite."""
+    check_kind_of_number(name, value)
+    if math.isnan(value) or (finite and math.isinf(value)):
+        raise ValueError(f"{name} must be {'finite' if finite else 'a number'}, got {value}")
+
+
+def check_kind_of_number(name: str, value: float) -> None:
+    """A real number, of any value, and NaN: what is looked at later."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """One of these names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_type(name: str, value: object, kinds: Any, expected: str) -> None:
+    """An instance of ``kinds``, which people call ``expected``."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def check_path(name: str, path: object) -> None:
+    """What the system takes for a file's name."""
+    check_type(name, path, (str, os.PathLike), "a path")
 
 
 def check_levels(levels: Tensor, k: int | None, low: float, high: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .checks import check_choice, check_path
 from .files import written
 from .flow import NICE
 from .layers import AdditiveCoupling, is_plain_scaling, is_watched
@@ -166,8 +167,8 @@ def _program(
     """The exported program, after a look at the arguments."""
     if not isinstance(model, NICE):
         raise TypeError(f"model must be a nicefast.NICE, got {type(model).__name__}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_choice("method", method, METHODS)
+    check_path("path", path)
     if Path(path).suffix != suffix:
         raise ValueError(f"path must end in {suffix}, got {os.fspath(path)!r}")
     if model.grid is not None:

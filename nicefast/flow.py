@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from . import functional as F  # noqa: N812
 from . import priors, reversible
-from .checks import check_context, check_count, check_events
+from .checks import check_choice, check_context, check_count, check_events, check_type
 from .distributions import FlowDistribution, FlowTransform
 from .explanation import explanation
 from .fused import calls
@@ -90,8 +90,9 @@ class NICE(nn.Module):
         self.features = math.prod(self.event_shape)
         self.context = context
         self.prior_name = check_prior(prior)
-        if isinstance(couplings, bool) or not isinstance(couplings, int) or couplings < 1:
-            raise ValueError(f"couplings must be an integer >= 1, got {couplings!r}")
+        check_count("couplings", couplings, 1)
+        kinds = (str, Partition, Iterable)
+        check_type("partition", partition, kinds, "a name, a Partition or one for each coupling")
         partitions = partition_chain(partition, self.event_shape, couplings)
         widths = _hidden(hidden, couplings)
         self.couplings = nn.ModuleList(
@@ -118,7 +119,7 @@ class NICE(nn.Module):
             else [p.mask.int().tolist() for p in partitions],
             "activation": activation,
             "context": context,
-            "dropout": dropout,
+            "dropout": float(dropout),
         }
         self._set_grid(grid)
 
@@ -192,7 +193,7 @@ class NICE(nn.Module):
             z = self._couple(path, h, c)
             if self.grid is None:
                 z, log_det = self.scaling(z)
-        log_det = self.log_det(x) if log_det is None else log_det
+        log_det = self._log_det(x) if log_det is None else log_det
         return _shaped(z, x.shape), _shaped(log_det, self._batch_shape(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,7 @@ class NICE(nn.Module):
             if self.grid is None:
                 h, log_det = self.scaling.inverse(h)
             h = self._couple(path, h, c, inverse=True)
-        log_det = -self.log_det(z) if log_det is None else log_det
+        log_det = -self._log_det(z) if log_det is None else log_det
         return _shaped(h, z.shape), _shaped(log_det, self._batch_shape(z))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -274,6 +275,10 @@ class NICE(nn.Module):
     def log_det(self, x: Tensor) -> Tensor:
         """Log-determinant of forward, the same for every x, (...): ``sum(log_scale)``; 0 with a
         grid."""
+        check_events("x", x, self.event_shape, self.scaling.log_scale.device)
+        return self._log_det(x)
+
+    def _log_det(self, x: Tensor) -> Tensor:
         log_scale = self.scaling.log_scale.to(at_least_float32(x.dtype, self.dtype))
         log_det = log_scale.sum() if self.grid is None else log_scale.new_zeros(())
         return log_det.expand(self._batch_shape(x))
@@ -376,8 +381,7 @@ class NICE(nn.Module):
         True
         """
         check_count("batch", batch, 1)
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        check_choice("method", method, METHODS)
         return GraphedFlow(self, batch, method)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
@@ -538,6 +542,7 @@ def _hidden(
     """Each coupling's own hidden widths."""
     if isinstance(hidden, int):
         return [(hidden,)] * couplings
+    check_type("hidden", hidden, Iterable, "widths")
     given = list(hidden)
     if not any(isinstance(width, Sequence) for width in given):
         return [tuple(cast("list[int]", given))] * couplings
@@ -550,6 +555,7 @@ def _hidden(
 
 
 def _event_shape(features: int | Sequence[int]) -> torch.Size:
+    check_type("features", features, (int, Iterable), "an integer or an event shape")
     shape = (features,) if isinstance(features, int) else tuple(features)
     if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in shape):
         raise ValueError(

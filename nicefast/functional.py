@@ -18,9 +18,11 @@ from .checks import (
     check_coupling,
     check_density,
     check_features,
+    check_kind_of_number,
     check_levels,
     check_seed,
     check_tensor,
+    check_type,
 )
 from .ops import check_log_scale
 from .partition import Partition
@@ -230,6 +232,7 @@ def cell_log_prob(h: Tensor, log_scale: Tensor, grid: float, prior: str = "logis
     tensor(1.)
     """
     check_density(h, log_scale, prior)
+    check_kind_of_number("grid", grid)
     if not 0 < grid < float("inf"):
         raise ValueError(f"grid must be positive and finite, got {grid!r}")
     check_log_scale(log_scale)
@@ -324,7 +327,7 @@ def dequantise(
         x, shaped like ``levels``, float32, contiguous.
 
     Raises:
-        TypeError: levels are no tensor of one of these dtypes.
+        TypeError: levels are no tensor of one of these dtypes; low or high is no number.
         ValueError: levels without features or out of range (CPU); k, seed, row_offset or the range
             not as above.
 
@@ -333,6 +336,8 @@ def dequantise(
     >>> (256 * nf.functional.dequantise(levels, 256, seed=1)).floor()
     tensor([[  0., 255.,   7.]])
     """
+    check_kind_of_number("low", low)
+    check_kind_of_number("high", high)
     low, high = float(low), float(high)
     check_levels(levels, k, low, high)
     check_count("row_offset", row_offset)
@@ -359,6 +364,8 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     >>> nf.functional.draw_seed(torch.Generator().manual_seed(0)) >= 0
     True
     """
+    if generator is not None:
+        check_type("generator", generator, torch.Generator, "a torch.Generator")
     device = "cpu" if generator is None else generator.device
     high = torch.iinfo(torch.int64).max
     return int(torch.randint(high, (), generator=generator, device=device))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice, check_count, check_number, check_seed
 from .evaluation import Density
 
 METHODS = ("paper", "adam")
@@ -63,18 +64,19 @@ def masks(height: int, width: int, seed: int = 0) -> dict[str, Tensor]:
     bands). The random masks follow ``seed`` and nothing else; the script draws one for each image,
     for which call again with other seeds.
 
-    Raises ValueError for a height or width below 4, where a band would hide everything.
+    Raises ValueError for a height or width below 4, where a band would hide everything, and for a
+    seed below 0.
 
     >>> {name: int((~seen).sum()) for name, seen in masks(4, 4).items() if "random" not in name}
     {'top': 8, 'bottom': 8, 'even': 8, 'odd': 8, 'left': 8, 'right': 8, 'middle-rows': 8,
     'middle-columns': 8}
     """
-    for name, size in (("height", height), ("width", width)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 4:
-            raise ValueError(f"{name} must be an integer >= 4, got {size!r}")
+    check_count("height", height, 4)
+    check_count("width", width, 4)
+    check_seed(seed)
     i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     n = i * width + j
-    u = torch.rand((2, height, width), generator=torch.Generator().manual_seed(seed))
+    u = torch.rand((2, height, width), generator=torch.Generator().manual_seed(int(seed)))
     return {
         "top": i >= height // 2,
         "bottom": i < height // 2,
@@ -144,7 +146,7 @@ def inpaint(
         restarts: beginnings for each image, ``"adam"`` only.
 
     Raises:
-        TypeError: x is not floating point or observed not bool.
+        TypeError: x is not floating point or observed not bool, or an argument of a wrong kind.
         ValueError: an unknown method, shapes that do not fit, observed values that are not finite,
             or a number out of range.
         FloatingPointError: a gradient or log-density that is not finite; names the step.
@@ -155,6 +157,12 @@ def inpaint(
     >>> bool((filled.log_prob[-1] > filled.log_prob[0]).all()), torch.equal(x, filled.x)
     (True, False)
     """
+    if not callable(getattr(model, "log_prob", None)):
+        raise TypeError(f"model must have log_prob, got {type(model).__name__}")
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be a function, got {type(transform).__name__}")
+    check_seed(seed)
+    seed = int(seed)
     observed = _check(x, observed, method, steps, low, high, noise, restarts)
     target = _Target(model, noise, transform, low, high)
     with _frozen(model):
@@ -326,18 +334,15 @@ def _check(
         raise ValueError(
             f"observed must be broadcastable to x, {tuple(x.shape)}, got {tuple(observed.shape)}"
         ) from None
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    for name, number, least in (
-        ("steps", steps, 0),
-        ("restarts", restarts, 1),
-        ("noise", 2 if noise is None else noise, 2),
-    ):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
+    check_choice("method", method, METHODS)
+    check_count("steps", steps)
+    check_count("restarts", restarts, 1)
+    check_count("noise", 2 if noise is None else noise, 2)
     if method == "paper" and restarts > 1:
         raise ValueError(f"restarts must be 1 for method 'paper', got {restarts}")
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    check_number("low", low)
+    check_number("high", high)
+    if not low < high:
         raise ValueError(f"low and high must be finite with low < high, got {low!r} and {high!r}")
     if not x[observed].isfinite().all():
         raise ValueError("x must be finite where it is observed")

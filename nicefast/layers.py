@@ -7,7 +7,7 @@ form; forward is data -> latent.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import exact, watchers
 from . import functional as F  # noqa: N812
+from .checks import check_choice, check_count, check_tensor, check_type, is_number
 from .grid import check_grid, check_range, round_to_grid
 from .ops import check_log_scale
 from .partition import Partition
@@ -39,6 +40,7 @@ class MLP(nn.Module):
     Shapes: x (..., C), context (..., K) -> (..., S). Inputs are brought to the weights' dtype.
 
     Raises:
+        TypeError: hidden holds no widths.
         ValueError: a width below 1, an unknown activation, a dropout outside [0, 1), a context
             that is missing or unexpected.
 
@@ -59,21 +61,18 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
+        check_choice("activation", activation, ACTIVATIONS)
         if isinstance(hidden, int):
             hidden = (hidden,)
+        check_type("hidden", hidden, Iterable, "widths")
         widths = [in_features, *hidden, out_features]
         if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
             raise ValueError(
                 f"in_features, hidden and out_features must be integers >= 1, "
                 f"got {in_features!r}, {tuple(hidden)!r}, {out_features!r}"
             )
-        if not isinstance(context, int) or context < 0:
-            raise ValueError(f"context must be an integer >= 0, got {context!r}")
-        if isinstance(dropout, bool) or not 0 <= dropout < 1:
+        check_count("context", context)
+        if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
         self.in_features, self.out_features = in_features, out_features
         self.activation, self.context, self.dropout = activation, context, float(dropout)
@@ -103,6 +102,8 @@ class MLP(nn.Module):
     def check_context(self, context: Tensor | None) -> None:
         """ValueError for a context that is missing or unexpected."""
         if (context is None) != (self.context == 0):
+            if context is not None:
+                check_tensor("context", context)
             raise ValueError(
                 f"context must have {self.context} features, got none"
                 if context is None
@@ -177,6 +178,7 @@ class AdditiveCoupling(nn.Module):
 
     def _couple(self, x: Tensor, context: Tensor | None, inverse: bool = False) -> Tensor:
         if self.grid is not None:
+            check_tensor("x", x)
             x = round_to_grid(x.to(at_least_float32(x.dtype)), self.grid)
         x, x1 = F.split_features(x, self.partition)
         y = F.additive_coupling(x, self.shift(x1, context), self.partition, inverse)
@@ -231,8 +233,7 @@ class Scaling(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if not isinstance(features, int) or features < 1:
-            raise ValueError(f"features must be an integer >= 1, got {features!r}")
+        check_count("features", features, 1)
         self.log_scale = nn.Parameter(torch.zeros(features))
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -246,6 +247,7 @@ class Scaling(nn.Module):
     def _checked(self, name: str, x: Tensor) -> Tensor:
         """log_scale in at least float32, after a look at both."""
         features = self.log_scale.shape[0]
+        check_type(name, x, Tensor, "a torch.Tensor")
         if x.ndim < 1 or x.shape[-1] != features:
             raise ValueError(
                 f"{name} must have {features} features in its last dimension, "

@@ -8,6 +8,7 @@ quantiles, entropies, goodness-of-fit tests.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.distributions import Distribution, Normal, constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
+from .checks import check_type
 from .reference import check_prior
 
 _Shape = torch.Size | list[int] | tuple[int, ...]
@@ -43,6 +45,8 @@ class Logistic(Distribution):
         scale: Tensor | float = 1.0,
         validate_args: bool | None = None,
     ) -> None:
+        for name, given in (("loc", loc), ("scale", scale)):
+            check_type(name, given, (Real, Tensor), "a number or a tensor")
         self.loc, self.scale = broadcast_all(loc, scale)
         super().__init__(self.loc.shape, validate_args=validate_args)
 

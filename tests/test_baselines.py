@@ -69,7 +69,16 @@ def test_singular_covariances_are_refused(x):
         Gaussian.full(x[:5])
 
 
+@pytest.mark.parametrize("wrong", [None, "a", [[1.0]], np.ones((3, 2))])
+def test_what_is_no_tensor_is_refused(x, wrong):
+    for call in (Gaussian.full, Gaussian.diagonal, Gaussian.full(x).log_prob):
+        with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got "):
+            call(wrong)
+
+
 def test_unusable_rows_are_refused(x):
+    with pytest.raises(ValueError, match=r"x must have shape \(N, ...\), got \(300,\)"):
+        Gaussian.full(x[:, 0])
     with pytest.raises(ValueError, match="finite"):
         Gaussian.full(x.log())
     with pytest.raises(ValueError, match="two or more rows"):

@@ -175,3 +175,19 @@ def test_tied_parameters(tmp_path):
     nf.save(model, tmp_path / "flow.safetensors")
     x = torch.randn(3, 1, 2, 4)
     assert torch.equal(nf.load(tmp_path / "flow.safetensors").log_prob(x), model.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda path: nf.save(make(), None), TypeError, "path must be a path, got NoneType"),
+        (lambda path: nf.load(1.5), TypeError, "path must be a path, got float"),
+        (lambda path: nf.load(path, 1.5), TypeError, "device must be a device.*, got float"),
+        (lambda path: nf.load(path, "a"), ValueError, "device must be a device.*, got 'a'"),
+    ],
+)
+def test_paths_and_devices_of_a_wrong_kind_are_named(call, error, says, tmp_path):
+    nf.save(make(), tmp_path / "flow.safetensors")
+    with pytest.raises(error, match=says):
+        call(tmp_path / "flow.safetensors")
+    assert os.listdir(tmp_path) == ["flow.safetensors"]

@@ -416,3 +416,11 @@ def test_real_mnist_is_the_official_one(monkeypatch):
     ):
         head = struct.pack(">4I", 0x803, len(images), 28, 28)
         assert hashlib.md5(head + images.numpy().tobytes()).hexdigest() == official
+
+
+@pytest.mark.parametrize("wrong", [1.5, True, ["digits"]])
+def test_what_is_no_path_is_named(wrong):
+    with pytest.raises(TypeError, match="source must be a path, got "):
+        load_data(wrong)
+    with pytest.raises(TypeError, match="data_dir must be a path, got "):
+        load_data("digits", wrong)

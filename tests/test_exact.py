@@ -574,6 +574,8 @@ def test_cells_add_up_to_one(prior):
         model.with_grid(None).cell_log_prob(x)
     with pytest.raises(ValueError, match="grid must be positive"):
         nf.functional.cell_log_prob(x, torch.zeros(2), 0.0)
+    with pytest.raises(TypeError, match="grid must be a number, got 'a'"):
+        nf.functional.cell_log_prob(x, torch.zeros(2), "a")
     with pytest.raises(ValueError, match="log_scale"):
         nf.functional.cell_log_prob(x, torch.zeros(3), 1.0)
 

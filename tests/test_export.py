@@ -169,6 +169,8 @@ def odd_coupling():
     [
         ({"model": torch.nn.Linear(2, 2)}, TypeError, r"model must be a nicefast\.NICE, got Linea"),
         ({"method": "forward"}, ValueError, "method must be one of log_prob, sample, got 'forward"),
+        ({"method": ["sample"]}, ValueError, "method must be one of log_prob, sample"),
+        ({"path": None}, TypeError, "path must be a path, got NoneType"),
         ({"path": "flow.txt"}, ValueError, r"path must end in \.(pt2|onnx), got 'flow\.txt'"),
         ({"model": nf.NICE(2, hidden=(2,), grid=0.25)}, ValueError, "must have no grid, got 0.25"),
         ({"model": odd_coupling()}, ValueError, r"coupling 1 is of another class \(Odd\), or"),

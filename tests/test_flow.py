@@ -289,6 +289,20 @@ BAD_MODELS = [
     (lambda: nf.NICE(6, partition=[nf.Partition.half(6)]), "one Partition for each of 4"),
     (lambda: nf.NICE(6, activation="swish"), "activation must be one of"),
     (lambda: nf.NICE(6, hidden=(-1,)), "hidden"),
+    (lambda: nf.NICE(6, couplings=True), "couplings must be an integer >= 1, got True"),
+    (lambda: nf.NICE(6, context=True), "context must be an integer >= 0, got True"),
+    (lambda: nf.NICE(6, dropout="a"), r"dropout must be a number in \[0, 1\), got 'a'"),
+    (lambda: nf.NICE(6, activation=["relu"]), r"activation must be one of.*got \['relu'\]"),
+]
+WRONG_KINDS = [
+    ({"features": 4.5}, "features must be an integer or an event shape, got float"),
+    ({"features": None}, "features must be an integer or an event shape, got NoneType"),
+    ({"hidden": None}, "hidden must be widths, got NoneType"),
+    ({"hidden": math.nan}, "hidden must be widths, got float"),
+    ({"partition": 3}, "partition must be a name, a Partition or one.*, got int"),
+    ({"partition": None}, "partition must be a name, a Partition or one.*, got NoneType"),
+    ({"partition": torch.ones(6)}, "partition must be a name, a Partition or one"),
+    ({"grid": "a"}, "grid must be a number, got str"),
 ]
 BAD_CALLS = [
     (lambda m: m.log_prob(X[:, :5]), ValueError, r"x must have shape \(..., 6\), got \(3, 5\)"),
@@ -315,6 +329,15 @@ BAD_CALLS = [
     (lambda m: m.sample(-1), ValueError, "n must be an integer >= 0, got -1"),
     (lambda m: m.sample(2, batch_size=0), ValueError, "batch_size must be an integer >= 1"),
     (lambda m: m.sample(2.0), ValueError, "n must be an integer"),
+    (lambda m: m.sample(2, generator=3), TypeError, "generator must be a torch.Generator, got int"),
+    (
+        lambda m: m.sample_and_log_prob(2, generator="a"),
+        TypeError,
+        "generator must be a torch.Generator, got str",
+    ),
+    (lambda m: m.graphed(2, ["a"]), ValueError, "method must be one of"),
+    (lambda m: m.log_det(None), TypeError, "x must be a torch.Tensor, got NoneType"),
+    (lambda m: m.log_det(X[:, :5]), ValueError, r"x must have shape \(..., 6\)"),
 ]
 BAD_CONTEXTS = [
     (lambda m: m.log_prob(X), ValueError, "context must be given: the flow takes 2"),
@@ -331,6 +354,12 @@ BAD_CONTEXTS = [
 def test_bad_models(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize(("wrong", "says"), WRONG_KINDS)
+def test_what_is_of_a_wrong_kind_is_named(wrong, says):
+    with pytest.raises(TypeError, match=says):
+        nf.NICE(**{"features": 6, **wrong})
 
 
 @pytest.mark.parametrize(("call", "error", "says"), BAD_CALLS)

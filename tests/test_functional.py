@@ -1,5 +1,8 @@
 """Shapes, dtypes, and what bad input gets."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +150,16 @@ X, S2, LS = torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4)
             ValueError,
             "seed must be at least 0 and below",
         ),
+        *(
+            (lambda seed=seed: F.sample_prior(LS, 2, seed=seed), TypeError, "seed must be an int")
+            for seed in ("a", 1.5, True, math.nan, [1], torch.ones(3))
+        ),
+        (
+            lambda: F.sample_prior(LS, 2, generator=3),
+            TypeError,
+            "generator must be a torch.Generator, got int",
+        ),
+        (lambda: F.draw_seed("a"), TypeError, "generator must be a torch.Generator, got str"),
         (
             lambda: F.sample_prior(LS, 2, dtype=torch.int32),
             TypeError,
@@ -174,6 +187,11 @@ X, S2, LS = torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4)
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_numpy_integers_are_seeds():
+    drawn = F.sample_prior(LS, 2, seed=np.int64(3))
+    assert torch.equal(drawn, F.sample_prior(LS, 2, seed=3))
 
 
 @pytest.mark.parametrize("rows", [40, 50_000])

@@ -100,6 +100,12 @@ def test_small_masks_are_refused(size):
         masks(*size)
 
 
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (None, TypeError), (0.5, TypeError)])
+def test_seeds_of_masks_are_checked(seed, error):
+    with pytest.raises(error, match="seed must be"):
+        masks(4, 4, seed)
+
+
 def test_adam_finds_the_conditional_mean():
     model, seen = Normal(), torch.tensor([True, False, True, True, False, False])
     x = (0.5 + 0.1 * torch.randn(8, 6)).clamp(0.2, 0.8)
@@ -363,7 +369,16 @@ BAD = [
     ({"restarts": 2, "method": "paper"}, ValueError, r"restarts must be 1 for method 'paper'"),
     ({"noise": 1}, ValueError, r"noise must be an integer >= 2, got 1"),
     ({"low": 1.0, "high": 1.0}, ValueError, r"low < high, got 1.0 and 1.0"),
-    ({"high": math.inf}, ValueError, "finite"),
+    ({"high": math.inf}, ValueError, "high must be finite"),
+    ({"low": math.nan}, ValueError, "low must be finite, got nan"),
+    ({"low": "a"}, TypeError, "low must be a number, got 'a'"),
+    ({"high": None}, TypeError, "high must be a number, got None"),
+    ({"steps": 1.5}, ValueError, "steps must be an integer >= 0, got 1.5"),
+    ({"method": ["adam"]}, ValueError, "method must be one of"),
+    ({"seed": -1}, ValueError, "seed must be at least 0"),
+    ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+    ({"transform": 3}, TypeError, "transform must be a function, got int"),
+    ({"model": "a"}, TypeError, "model must have log_prob, got str"),
 ]
 
 
@@ -371,7 +386,7 @@ BAD = [
 def test_what_is_refused(wrong, error, message):
     given = {"x": torch.zeros(2, 6), "observed": SEEN, **wrong}
     with pytest.raises(error, match=message):
-        inpaint(Normal(), given.pop("x"), given.pop("observed"), **given)
+        inpaint(**{"model": Normal(), **given})
 
 
 def test_a_model_that_gives_no_value_for_each_row_is_refused():

@@ -1,3 +1,6 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,7 +86,7 @@ def test_dropout_under_transformations():
     torch.compile(mlp, fullgraph=True, backend="aot_eager")(torch.ones(5, 3))
 
 
-@pytest.mark.parametrize("dropout", [1.0, -0.1, True])
+@pytest.mark.parametrize("dropout", [1.0, -0.1, True, "a", None, [0.1], math.nan, np.ones(3)])
 def test_dropout_outside_its_range_is_refused(dropout):
     with pytest.raises(ValueError, match="dropout must be a number in"):
         nf.MLP(3, (8,), 2, dropout=dropout)
@@ -175,6 +178,22 @@ X = torch.zeros(3, 4)
         (lambda: nf.MLP(3, (0,), 2), ValueError, "hidden.* >= 1"),
         (lambda: nf.MLP(3, (8.0,), 2), ValueError, "hidden"),
         (lambda: nf.MLP(3, (8,), 2, context=-1), ValueError, "context must be an integer >= 0"),
+        (
+            lambda: nf.MLP(3, (8,), 2, context=True),
+            ValueError,
+            "context must be an integer >= 0, got True",
+        ),
+        (lambda: nf.MLP(3, None, 2), TypeError, "hidden must be widths, got NoneType"),
+        (lambda: nf.MLP(3, (8,), 2, activation=None), ValueError, "activation must be one of"),
+        (lambda: nf.MLP(4, (8,), 2)(X, "a"), TypeError, "context must be a torch.Tensor, got str"),
+        (lambda: nf.Scaling(True), ValueError, "features must be an integer >= 1, got True"),
+        (lambda: nf.Scaling(4)(None), TypeError, "h must be a torch.Tensor, got NoneType"),
+        (lambda: nf.Scaling(4).inverse([0.0]), TypeError, "z must be a torch.Tensor, got list"),
+        (
+            lambda: nf.AdditiveCoupling(nf.Partition.half(4), nn.Linear(2, 2), grid=0.5)("a"),
+            TypeError,
+            "x must be a torch.Tensor, got str",
+        ),
         (
             lambda: nf.MLP(4, (8,), 2, context=2)(X),
             ValueError,

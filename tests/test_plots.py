@@ -222,9 +222,39 @@ def test_bad_shapes_are_refused_and_nothing_is_written(path, call, message):
     assert not path.exists()
 
 
-def test_what_is_no_tensor_is_refused(path):
-    with pytest.raises(TypeError, match=r"images must be a torch\.Tensor, got list"):
-        plots.sample_grid([[1.0]], path)
+FLOW, ROWS = nf.NICE(4, hidden=(4,)), torch.zeros(2, 4)
+WRONG_KINDS = [
+    (lambda p: plots.sample_grid([[1.0]], p), r"images must be a torch\.Tensor, got list"),
+    (lambda p: plots.sample_grid(IMAGES, None), "path must be a path, got NoneType"),
+    (lambda p: plots.plot_neighbours(IMAGES, IMAGES, p, [1.0]), r"distances must be a torch\.T"),
+    (lambda p: draw(p, observed=None), r"observed must be a torch\.Tensor, got NoneType"),
+    (lambda p: draw(p, log_prob=1.5), r"log_prob must be a torch\.Tensor, got float"),
+    (lambda p: draw(p, steps=3), r"steps must be a torch\.Tensor, got int"),
+    (lambda p: draw(p, titles=None), "titles must be names, got NoneType"),
+    (lambda p: plots.plot_samples("a", ROWS, p), r"real must be a torch\.Tensor, got str"),
+    (lambda p: plots.plot_samples(ROWS, None, p), r"samples must be a torch\.Tensor, got None"),
+    (lambda p: plots.plot_spectrum([0.0], p), r"log_scale must be a torch\.Tensor, got list"),
+    (lambda p: plots.plot_spectrum(ROWS[0], p, 4), "event_shape must be a shape, got int"),
+    (lambda p: plots.plot_density("a", normal, (0, 1, 0, 1), p), "learned must be a function"),
+    (lambda p: plots.plot_density(normal, [1], (0, 1, 0, 1), p), "true must be a function"),
+    (
+        lambda p: plots.plot_density(normal, normal, None, p),
+        "bounds must be four numbers, got None",
+    ),
+    (lambda p: plots.plot_density(normal, normal, "abcd", p), "bounds must be a number, got 'a'"),
+    (lambda p: plots.nearest("a", ROWS), r"samples must be a torch\.Tensor, got str"),
+    (lambda p: plots.nearest(ROWS, [1.0]), r"train must be a torch\.Tensor, got list"),
+    (lambda p: plots.interpolate("a", ROWS, ROWS, 3), r"model must be a nicefast\.NICE, got str"),
+    (lambda p: plots.interpolate(FLOW, None, ROWS, 3), r"a must be a torch\.Tensor, got NoneType"),
+    (lambda p: plots.interpolate(FLOW, ROWS, ROWS.int(), 3), "b must be float16.*int32"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_KINDS)
+def test_what_is_of_a_wrong_kind_is_refused(path, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(path)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 4096])

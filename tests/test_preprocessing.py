@@ -455,6 +455,9 @@ LEVELS = Preprocessing([Dequantise(17)])
         (lambda: Dequantise(1), ValueError, "k must be an integer"),
         (lambda: Dequantise(17, 1.0, 0.0), ValueError, "low must be below high"),
         (lambda: Standardise.fit(RAW), ValueError, "x must be floating point"),
+        (lambda: Standardise.fit("a"), TypeError, "x must be a torch.Tensor, got str"),
+        (lambda: Whiten.fit(X, kind=None), ValueError, "kind must be one of"),
+        (lambda: Preprocessing(3), TypeError, "steps must be a sequence of steps, got int"),
         (lambda: bits_per_dim(1.0, 0), ValueError, "features must be at least 1"),
     ],
 )

@@ -90,6 +90,25 @@ def test_a_file_may_name_a_preset_and_what_differs(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"model": None}, TypeError, "model must be a mapping, got NoneType"),
+        ({"recipe": "a"}, TypeError, "recipe must be a Recipe, got str"),
+        ({"seed": True}, ValueError, "seed must be from 0"),
+    ],
+)
+def test_a_configuration_names_what_is_wrong(wrong, error, says):
+    with pytest.raises(error, match=says):
+        Configuration(**{"data": "x", "model": {}, "preprocessing": (), **wrong})
+
+
+@pytest.mark.parametrize("name", [None, ["digits"]])
+def test_a_preset_has_a_name(name):
+    with pytest.raises(ValueError, match="preset must be one of"):
+        Configuration.of_preset(name)
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
         ("preset = 'mnits'", "preset must be one of"),

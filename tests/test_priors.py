@@ -98,3 +98,10 @@ def test_bad_input():
         nf.priors.standard("cauchy")
     with pytest.raises(ValueError, match="scale"):
         Logistic(0.0, -1.0, validate_args=True)
+
+
+@pytest.mark.parametrize("wrong", [None, "a", [1.0], 1j])
+@pytest.mark.parametrize("name", ["loc", "scale"])
+def test_what_is_no_number_is_named(name, wrong):
+    with pytest.raises(TypeError, match=f"{name} must be a number or a tensor, got "):
+        Logistic(**{name: wrong})

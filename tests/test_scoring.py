@@ -484,6 +484,13 @@ def test_strangers_are_left_alone(flow, tmp_path):
         ({"batch_rows": True}, ValueError, "batch_rows must be an integer >= 1, got True"),
         ({"draws": 0}, ValueError, "draws must be an integer >= 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be an integer"),
+        ({"draws": 1.5}, ValueError, "draws must be an integer >= 1, got 1.5"),
+        ({"out": 1.5}, TypeError, "out must be a path, got float"),
+        ({"outputs": None}, TypeError, "outputs must be names, got NoneType"),
+        ({"columns": 1.5}, TypeError, "columns must be names or positions of columns, got float"),
+        ({"keys": None}, TypeError, "keys must be names or positions of columns, got NoneType"),
+        ({"progress": 3}, TypeError, "progress must be a function, got int"),
+        ({"ranks": 2}, TypeError, "ranks must be a Ranks, got int"),
         ({"resume": True}, ValueError, "resume is for a file"),
         ({"device": "nowhere"}, ValueError, "device 'nowhere' cannot be used here"),
         ({"model": 3}, TypeError, "model must have log_prob or be a path, got int"),
@@ -500,7 +507,7 @@ def test_strangers_are_left_alone(flow, tmp_path):
     ],
 )
 def test_bad_arguments(flow, tmp_path, options, error, message):
-    if "out" in options:
+    if isinstance(options.get("out"), str):
         options = {**options, "out": tmp_path / options["out"]}
     with pytest.raises(error, match=message):
         score(**{"model": flow, "source": rows(), **options})

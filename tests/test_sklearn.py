@@ -223,11 +223,29 @@ def test_names_are_used_in_messages():
         ({"dtype": "float16"}, "dtype must be one of float64, float32, got 'float16'"),
         ({"prior": "cauchy"}, "prior"),
         ({"couplings": 0}, "couplings must be"),
+        ({"couplings": True}, "couplings must be an integer >= 1, got True"),
+        ({"hidden": None}, "hidden must be integers >= 1, got None"),
+        ({"hidden": (1.5,)}, r"hidden must be integers >= 1, got \(1.5,\)"),
+        ({"partition": 3}, "partition must be a name"),
+        ({"activation": ["relu"]}, "activation must be one of"),
+        ({"dropout": "a"}, "dropout must be a number"),
+        ({"validation_fraction": None}, "validation_fraction must be at least 0"),
+        ({"dtype": ["float32"]}, "dtype must be one of float64, float32"),
+        ({"device": 1.5}, "device must be a device or its name, got float"),
+        ({"device": "a"}, "device 'a' cannot be used here"),
+        ({"lr": True}, "lr must be a number, got True"),
     ],
 )
 def test_wrong_hyperparameters_are_named(options, message, iris):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         NICEDensity(**QUICK | options).fit(iris[0])
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, None, True])
+def test_a_number_of_samples_is_named(count, iris):
+    density = NICEDensity(**QUICK).fit(iris[0])
+    with pytest.raises(ValueError, match="n_samples must be an integer >= 0, got "):
+        density.sample(count)
 
 
 def test_numpy_numbers_will_do(iris):
@@ -342,10 +360,14 @@ def test_classes_share_what_is_integer_and_what_is_constant():
         ({"priors": [0.5, 0.5]}, "priors must be 3, one a class"),
         ({"priors": [0.5, 0.6, -0.1]}, "priors must not be negative and add up to 1"),
         ({"reg": -1.0}, "reg must be non-negative and finite, got -1.0"),
+        ({"reg": "a"}, "reg must be non-negative and finite, got 'a'"),
+        ({"reg": None}, "reg must be non-negative and finite, got None"),
+        ({"density": None}, "density must be one of nice, gaussian, got None"),
+        ({"priors": "a"}, "priors must be numbers, got 'a'"),
     ],
 )
 def test_wrong_hyperparameters_of_the_classifier_are_named(options, message, iris):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         NICEClassifier(**QUICK, **options).fit(*iris)
 
 

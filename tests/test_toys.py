@@ -156,3 +156,19 @@ def test_what_is_refused():
         toy_log_prob("moons", torch.zeros(3))
     with pytest.raises(TypeError, match="int64"):
         toy_log_prob("moons", torch.zeros(1, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "seed", "error", "says"),
+    [
+        (["moons"], 5, 0, ValueError, "name must be one of moons"),
+        (None, 5, 0, ValueError, "name must be one of moons"),
+        ("moons", 5.0, 0, ValueError, "n must be an integer >= 0, got 5.0"),
+        ("moons", True, 0, ValueError, "n must be an integer >= 0, got True"),
+        ("moons", 5, -1, ValueError, "seed must be at least 0"),
+        ("moons", 5, "a", TypeError, "seed must be an integer, got 'a'"),
+    ],
+)
+def test_what_is_wrong_is_named(name, n, seed, error, says):
+    with pytest.raises(error, match=says):
+        toy(name, n, seed)

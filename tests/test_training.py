@@ -64,6 +64,50 @@ def test_init_scaling_names_a_constant_feature():
         init_scaling(tiny_model(), torch.randn(20, 4) * torch.tensor([1, 1, 0, 1]))
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda m, x: init_scaling("a", x), TypeError, r"model must be a nicefast\.NICE, got str"),
+        (lambda m, x: init_scaling(m, None), TypeError, r"x must be a torch\.Tensor, got NoneType"),
+        (lambda m, x: init_scaling(m, x, math.nan), ValueError, "limit must be a number, got nan"),
+        (lambda m, x: init_scaling(m, x, "a"), TypeError, "limit must be a number, got 'a'"),
+        (lambda m, x: initialise(3, "data", x), TypeError, r"model must be a nicefast\.NICE"),
+        (lambda m, x: initialise(m, "here", x), ValueError, "start must be one of data, paper"),
+    ],
+)
+def test_a_beginning_that_cannot_be_leaves_the_model_alone(call, error, says):
+    model = tiny_model()
+    before = flat(model)
+    with pytest.raises(error, match=says):
+        call(model, torch.randn(50, 4))
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"model": torch.nn.Linear(4, 4)}, r"model must be a nicefast\.NICE, got Linear"),
+        ({"data": None}, "data must be a Dataset, got NoneType"),
+        ({"preprocessing": "a"}, "preprocessing must be a Preprocessing, got str"),
+        ({"recipe": 3}, "recipe must be a Recipe, got int"),
+        ({"progress": 3}, "progress must be a function, got int"),
+        ({"snapshot": 1.5}, "snapshot must be a path, got float"),
+        ({"snapshot_seconds": "a"}, "snapshot_seconds must be a number, got 'a'"),
+    ],
+)
+def test_a_fit_names_what_is_of_a_wrong_kind(wrong, says):
+    data = tiny_data()
+    given = {"model": tiny_model(), "data": data, "preprocessing": unit(data.train, data.levels)}
+    with pytest.raises(TypeError, match=says):
+        fit(**given | wrong)
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", None, True, math.nan])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(ValueError, match=r"seed must be from 0 to 2\^62 - 1, got "):
+        fit_tiny(tiny_model(), seed=seed)
+
+
 def test_starts():
     model, x = tiny_model(), torch.randn(50, 4)
     initialise(model, "data", x)
@@ -256,6 +300,11 @@ def test_a_diverging_fit_names_its_step_and_the_last_good_state(tmp_path):
         ("lr_decay", 0.0),
         ("clip", -1.0),
         ("momentum_epochs", (6, 5)),
+        ("momentum_epochs", None),
+        ("momentum_epochs", ("a", "b")),
+        ("lr", True),
+        ("scale_limit", math.nan),
+        ("optimiser", ["adam"]),
     ],
 )
 def test_a_recipe_out_of_range_is_named(name, value):

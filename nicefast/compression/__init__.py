@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checks import check_path
 from ..files import written
 from ..scoring.models import resolve
 from .codec import Codec
@@ -79,6 +80,8 @@ def compress(
     ...     bool((np.load(place + "/y.npy") == np.load(place + "/x.npy")).all())
     True
     """
+    check_path("source", source)
+    check_path("out", out)
     out = Path(out)
     _check_out(out, overwrite)
     codec, found = _codec(model, preprocessing), open_source(source)
@@ -125,6 +128,8 @@ def decompress(
             model or where the arithmetic is another; ``out`` exists. Nothing is left behind.
         OSError, ImportError: as :func:`compress`, where an example is.
     """
+    check_path("path", path)
+    check_path("out", out)
     out, reader = Path(out), Reader(path)
     _check_out(out, overwrite)
     if not _restore(reader, _codec(model, preprocessing), out, keep=True):

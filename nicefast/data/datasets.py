@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_path
 from . import sources
 from .readers import has_format, read
 from .sources import Entry, Source, entry_of, not_found, paths_in, roots
@@ -94,6 +95,9 @@ def load_data(
     >>> data.levels, data.event_shape, len(data.train), len(data.validation), len(data.test)
     (17, (1, 8, 8), 1258, 180, 359)
     """
+    check_path("source", source)
+    if data_dir is not None:
+        check_path("data_dir", data_dir)
     name = str(source)
     if name in DATASETS:
         known = DATASETS[name]

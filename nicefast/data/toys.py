@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_count, check_seed
+
 ROWS = 4096  # that are compared with all nodes of a curve at a time
 NODES = 16  # of Gauss-Legendre quadrature, in each panel of a curve
 
@@ -36,15 +38,15 @@ class Toy:
 def toy(name: str, n: int, seed: int = 0) -> Tensor:
     """``n`` rows of a density of ``TOYS``: (n, 2), float32, on the CPU.
 
-    The same seed gives the same rows. ValueError for an unknown name, or n below 0.
+    The same seed gives the same rows. ValueError for an unknown name, and n or seed below 0.
 
     >>> toy("moons", 5).shape
     torch.Size([5, 2])
     """
     found = _found(name)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"n must be an integer >= 0, got {n!r}")
-    return found.sample(n, torch.Generator().manual_seed(seed)).float()
+    check_count("n", n)
+    check_seed(seed)
+    return found.sample(n, torch.Generator().manual_seed(int(seed))).float()
 
 
 def toy_log_prob(name: str, x: Tensor) -> Tensor:
@@ -89,8 +91,7 @@ def toy_log_prob(name: str, x: Tensor) -> Tensor:
 
 
 def _found(name: str) -> Toy:
-    if name not in TOYS:
-        raise ValueError(f"name must be one of {', '.join(TOYS)}, got {name!r}")
+    check_choice("name", name, TOYS)
     return TOYS[name]
 
 

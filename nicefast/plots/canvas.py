@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..checks import check_path, check_type
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +49,7 @@ def check_images(name: str, images: Tensor, leading: int = 1) -> Tensor:
     >>> check_images("images", torch.zeros(5, 8, 8)).shape
     torch.Size([5, 1, 8, 8])
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
+    check_type(name, images, Tensor, "a torch.Tensor")
     event = tuple(images.shape[leading:])
     if images.ndim <= leading or not is_image(event) or not images.numel():
         before = ", ".join("NM"[:leading])
@@ -80,6 +82,13 @@ def tiled(images: Tensor, columns: int) -> Any:
     height, width = tiles.shape[2:]
     grid = tiles.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     return grid.reshape(rows * height, columns * width, channels).squeeze(-1).numpy()
+
+
+def write(figure: Figure, path: str | Path) -> None:
+    """The figure as PNG: to a file, or to what can be written to as to one."""
+    if not hasattr(path, "write"):
+        check_path("path", path)
+    figure.savefig(path)
 
 
 def show(axes: Axes, picture: Any) -> None:

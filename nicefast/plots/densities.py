@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .canvas import INK, MUTED, figure_of
+from ..checks import check_number, check_type
+from .canvas import INK, MUTED, figure_of, write
 
 LogDensity = Callable[[Tensor], Tensor]
 FINE, COARSE = 300, 80  # points of a density, bins of a histogram, along each side
@@ -38,14 +38,17 @@ def plot_density(
     Raises ValueError for bounds that are no box, samples of another shape, or a function that does
     not give one value for each row.
 
-    >>> import tempfile
+    >>> import math, tempfile
     >>> normal = lambda x: -x.square().sum(1) / 2 - math.log(2 * math.pi)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     plot_density(normal, torch.randn(500, 2), (-3, 3, -3, 3), folder + "/density.png")
     ...     Path(folder, "density.png").exists()
     True
     """
-    if len(bounds) != 4 or not all(map(math.isfinite, bounds)):
+    check_type("bounds", bounds, Collection, "four numbers")
+    for bound in bounds:
+        check_number("bounds", bound)
+    if len(bounds) != 4:
         raise ValueError(f"bounds must be x from, x to, y from, y to, got {tuple(bounds)}")
     x0, x1, y0, y1 = map(float, bounds)
     if not (x0 < x1 and y0 < y1):
@@ -84,7 +87,7 @@ def plot_density(
     bar.set_label("density", color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED)
-    figure.savefig(path)
+    write(figure, path)
 
 
 @torch.no_grad()
@@ -93,6 +96,8 @@ def _map(name: str, log_density: LogDensity, bounds: tuple[float, ...]) -> Tenso
     x0, x1, y0, y1 = bounds
     middles = (torch.arange(FINE) + 0.5) / FINE
     y, x = torch.meshgrid(y0 + (y1 - y0) * middles, x0 + (x1 - x0) * middles, indexing="ij")
+    if not callable(log_density):
+        raise TypeError(f"{name} must be a function of rows, got {type(log_density).__name__}")
     log_p = log_density(torch.stack([x.flatten(), y.flatten()], 1))
     if tuple(log_p.shape) != (FINE * FINE,):
         raise ValueError(

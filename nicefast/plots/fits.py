@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from ..checks import check_type
 from .canvas import (
     ACCENT,
     BASELINES,
@@ -22,6 +23,7 @@ from .canvas import (
     show,
     tidy,
     tiled,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def plot_samples(real: Tensor, samples: Tensor, path: str | Path, name: str = "d
     ...     Path(folder, "samples.png").exists()
     True
     """
+    check_type("real", real, Tensor, "a torch.Tensor")
+    check_type("samples", samples, Tensor, "a torch.Tensor")
     figure = figure_of(9.6, 5.0)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
     if is_image(tuple(real.shape[1:])):
@@ -69,7 +73,7 @@ def plot_samples(real: Tensor, samples: Tensor, path: str | Path, name: str = "d
             tidy(axes)
     left.set_title(f"real {name} (training rows)", color=INK, fontsize=12)
     right.set_title("samples of the NICE", color=INK, fontsize=12)
-    figure.savefig(path)
+    write(figure, path)
 
 
 def plot_learning_curve(
@@ -120,7 +124,7 @@ def plot_learning_curve(
     )
     axes.grid(axis="y", color=LINES, linewidth=0.8)
     tidy(axes)
-    figure.savefig(path)
+    write(figure, path)
 
 
 def plot_spectrum(
@@ -147,6 +151,9 @@ def plot_spectrum(
     ...     Path(folder, "spectrum.png").exists()
     True
     """
+    check_type("log_scale", log_scale, Tensor, "a torch.Tensor")
+    if event_shape is not None:
+        check_type("event_shape", event_shape, Iterable, "a shape")
     shape = tuple(log_scale.shape if event_shape is None else event_shape)
     if not log_scale.numel() or math.prod(shape) != log_scale.numel():
         raise ValueError(
@@ -182,7 +189,7 @@ def plot_spectrum(
         bar = figure.colorbar(picture, ax=panel, fraction=0.05, pad=0.03)
         bar.outline.set_visible(False)
         bar.ax.tick_params(which="both", colors=MUTED)
-    figure.savefig(path)
+    write(figure, path)
 
 
 def _label_ends(axes: Axes, labels: list[tuple[str, float, str]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .canvas import ACCENT, INK, LINES, MUTED, SOFT, check_images, figure_of, show, tidy, tiled
+from ..checks import check_count, check_type
+from .canvas import (
+    ACCENT,
+    INK,
+    LINES,
+    MUTED,
+    SOFT,
+    check_images,
+    figure_of,
+    show,
+    tidy,
+    tiled,
+    write,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +70,7 @@ def plot_inpainting(
             f"filled must be shaped like original, {tuple(original.shape)}, "
             f"got {tuple(filled.shape)}"
         )
+    check_type("observed", observed, Tensor, "a torch.Tensor")
     seen = observed.cpu()
     if seen.ndim == 3:
         seen = seen.unsqueeze(1)
@@ -67,6 +81,7 @@ def plot_inpainting(
             f"observed must be (M, H, W) or shaped like original, {tuple(original.shape)}, "
             f"got {tuple(observed.shape)}"
         ) from None
+    check_type("titles", titles, Collection, "names")
     if len(titles) != len(before):
         raise ValueError(f"titles must be one for each of {len(before)} columns: {list(titles)}")
     curve, numbers = _curve(log_prob, steps)
@@ -95,7 +110,7 @@ def plot_inpainting(
                 axes.set_ylabel(name, color=INK, fontsize=9)
     axes = lower.subplots()
     _draw_curve(axes, numbers, curve)
-    figure.savefig(path)
+    write(figure, path)
 
 
 def plot_interpolation(images: Tensor, path: str | Path) -> None:
@@ -116,7 +131,7 @@ def plot_interpolation(images: Tensor, path: str | Path) -> None:
     show(axes, picture)
     title = f"{rows} way{'s' * (rows > 1)} through latent space, from left to right"
     axes.set_title(title, loc="left", color=INK, fontsize=10)
-    figure.savefig(path)
+    write(figure, path)
 
 
 def plot_neighbours(
@@ -149,9 +164,11 @@ def plot_neighbours(
             f"neighbours must be shaped like samples, {tuple(samples.shape)}, "
             f"got {tuple(neighbours.shape)}"
         )
-    if distances is not None and tuple(distances.shape) != (len(above),):
-        raise ValueError(f"distances must be ({len(above)},), got {tuple(distances.shape)}")
-    _check_columns(columns)
+    if distances is not None:
+        check_type("distances", distances, Tensor, "a torch.Tensor")
+        if tuple(distances.shape) != (len(above),):
+            raise ValueError(f"distances must be ({len(above)},), got {tuple(distances.shape)}")
+    check_count("columns", columns, 1)
     columns = min(columns, len(above))
     rows = -(-len(above) // columns)
     pairs = torch.stack([above, below], 1)
@@ -182,7 +199,7 @@ def plot_neighbours(
     if width < 7:
         title = title.replace("; ", "\n").replace(", and", "\nand")
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=10)
-    figure.savefig(path)
+    write(figure, path)
 
 
 def sample_grid(images: Tensor, path: str | Path, columns: int = 10) -> None:
@@ -197,17 +214,12 @@ def sample_grid(images: Tensor, path: str | Path, columns: int = 10) -> None:
     True
     """
     tiles = check_images("images", images)
-    _check_columns(columns)
+    check_count("columns", columns, 1)
     picture = tiled(tiles, min(columns, len(tiles)))
     figure = figure_of(picture.shape[1] / 150, picture.shape[0] / 150)
     figure.set_layout_engine("none")
     show(figure.add_axes((0, 0, 1, 1)), picture)
-    figure.savefig(path)
-
-
-def _check_columns(columns: int) -> None:
-    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
-        raise ValueError(f"columns must be an integer >= 1, got {columns!r}")
+    write(figure, path)
 
 
 def _coloured(images: Tensor) -> Any:
@@ -224,6 +236,9 @@ def _tinted(images: Tensor, seen: Tensor) -> Any:
 
 
 def _curve(log_prob: Tensor, steps: Tensor | None) -> tuple[Any, Any]:
+    check_type("log_prob", log_prob, Tensor, "a torch.Tensor")
+    if steps is not None:
+        check_type("steps", steps, Tensor, "a torch.Tensor")
     if log_prob.ndim != 2 or len(log_prob) < 2 or not log_prob.shape[1]:
         raise ValueError(f"log_prob must be (S, N) with S >= 2, got {tuple(log_prob.shape)}")
     numbers = torch.arange(len(log_prob)) if steps is None else steps.cpu()

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checks import check_count, check_tensor, check_type
+
 
 class Flow(Protocol):
     """What :func:`interpolate` needs of a :class:`nicefast.NICE`."""
@@ -43,14 +45,17 @@ def interpolate(model: Flow, a: Tensor, b: Tensor, steps: int) -> Tensor:
     >>> way.shape, torch.allclose(way[:, -1], b, atol=1e-5)
     (torch.Size([3, 5, 1, 4, 4]), True)
     """
+    if not hasattr(model, "event_shape"):
+        raise TypeError(f"model must be a nicefast.NICE, got {type(model).__name__}")
+    check_tensor("a", a)
+    check_tensor("b", b)
     event = tuple(model.event_shape)
     if a.shape != b.shape or tuple(a.shape[1:]) != event:
         raise ValueError(
             f"a and b must both have shape (R, {', '.join(map(str, event))}), "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps must be an integer >= 2, got {steps!r}")
+    check_count("steps", steps, 2)
     ends = [model.forward(x)[0].flatten(1).unsqueeze(1) for x in (a, b)]
     t = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=a.device).view(1, -1, 1)
     weights = (1 - t, t)
@@ -88,13 +93,14 @@ def nearest(samples: Tensor, train: Tensor, chunk: int = 4096) -> tuple[Tensor, 
     >>> indices, distances
     (tensor([0]), tensor([0.1000], dtype=torch.float64))
     """
+    check_type("samples", samples, Tensor, "a torch.Tensor")
+    check_type("train", train, Tensor, "a torch.Tensor")
     if samples.ndim < 2 or samples.shape[1:] != train.shape[1:] or not len(train):
         raise ValueError(
             f"samples and train must be (M, *event_shape) and (N, *event_shape) with N >= 1, "
             f"got {tuple(samples.shape)} and {tuple(train.shape)}"
         )
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk must be an integer >= 1, got {chunk!r}")
+    check_count("chunk", chunk, 1)
     indices = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
     distances = torch.full((len(samples),), torch.inf, dtype=torch.float64, device=samples.device)
     for start in range(0, len(train), chunk):

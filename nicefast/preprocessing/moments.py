@@ -65,8 +65,10 @@ def blocks(rows: Rows) -> Iterator[Tensor]:
                 f"x must be floating point (N, D), got {rows.dtype} {tuple(rows.shape)}"
             )
         yield from (block for block in rows.detach().split(FIT_ROWS) if len(block))
-    else:
+    elif callable(rows):
         yield from rows()
+    else:
+        raise TypeError(f"x must be a torch.Tensor, got {type(rows).__name__}")
 
 
 def wide(x: Tensor) -> Tensor:

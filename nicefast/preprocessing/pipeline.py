@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import tensorfile
+from ..checks import check_type
 from .moments import FIT_ROWS, Rows, wide
 from .transforms import Dequantise, Logit, Rescale, Standardise, Step, constant
 from .whitening import Whiten
@@ -51,6 +52,7 @@ class Preprocessing:
     steps: tuple[Step, ...]
 
     def __post_init__(self) -> None:
+        check_type("steps", self.steps, Iterable, "a sequence of steps")
         object.__setattr__(self, "steps", tuple(self.steps))
         for i, step in enumerate(self.steps):
             if type(step) not in STEPS.values():

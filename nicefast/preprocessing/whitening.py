@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..precision import at_matmul_precision
 from .moments import Rows, moments
 from .transforms import check_numbers, check_vectors, check_width, constant, like
@@ -154,8 +155,7 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 
 
 def _check_whitening(kind: str, epsilon: float) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("kind", kind, KINDS)
     check_numbers(epsilon=epsilon)
     if epsilon < 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}")

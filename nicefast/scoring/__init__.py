@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..checks import check_count, check_path, check_type
 from ..devices import device_of, usable_device
 from ..evaluation import Density
 from ..precision import matmul_precision
@@ -134,6 +135,11 @@ def score(
     """
     began = time.perf_counter()
     ranks = Ranks.here() if ranks is None else ranks
+    check_type("ranks", ranks, Ranks, "a Ranks")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function, got {type(progress).__name__}")
+    if out is not None:
+        check_path("out", out)
     path = None if out is None else Path(out).absolute()
     _check(path, keys, batch_rows, chunk_rows, resume, ranks)
     density, steps = resolve(model, preprocessing, device)
@@ -196,11 +202,8 @@ def _check(
     resume: bool,
     ranks: Ranks,
 ) -> None:
-    for name, value in (("batch_rows", batch_rows), ("chunk_rows", chunk_rows)):
-        if name == "batch_rows" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    check_count("batch_rows", 1 if batch_rows is None else batch_rows, 1)
+    check_count("chunk_rows", chunk_rows, 1)
     if path is None:
         if resume:
             raise ValueError("resume is for a file: out must be given")

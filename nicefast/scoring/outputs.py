@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_type
 from ..devices import dtype_of
 from ..evaluation import Density
 from ..preprocessing import Preprocessing
@@ -76,8 +77,7 @@ class Scorer:
             needs = ("forward",) if name == "z" else ("forward", "prior", "scaling")
             if not all(hasattr(model, n) for n in needs):
                 raise ValueError(f"output {name!r} needs a NICE, got {type(model).__name__}")
-        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-            raise ValueError(f"draws must be an integer >= 1, got {draws!r}")
+        check_count("draws", draws, 1)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be an integer, 0 <= seed < 2^63, got {seed!r}")
         if reference is not None and "percentile" not in self.outputs:
@@ -200,6 +200,7 @@ class Scorer:
 
 
 def _checked(outputs: Sequence[str]) -> tuple[str, ...]:
+    check_type("outputs", outputs, Iterable, "names")
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     if not names:
         raise ValueError(f"outputs must name one or more of {', '.join(OUTPUTS)}")

@@ -11,6 +11,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ..checks import check_choice, is_number
 from .columns import Array, constant_columns, integer_columns, labels, refuse_constant, with_noise
 from .density import SEEDS
 from .fitted import FittedFlow, FittedGaussian, RawDensity, fit_flow, mean_log_prob
@@ -109,9 +110,8 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any) -> NICEClassifier:
         """Fit a density to the rows of each class: X (N, D), y (N,)."""
-        if self.density not in DENSITIES:
-            raise ValueError(f"density must be one of {', '.join(DENSITIES)}, got {self.density!r}")
-        if not 0 <= self.reg < np.inf:
+        check_choice("density", self.density, DENSITIES)
+        if not is_number(self.reg) or not 0 <= self.reg < np.inf:
             raise ValueError(f"reg must be non-negative and finite, got {self.reg!r}")
         least = 2 if self.density == "nice" else 1
         rows, y = validate_data(
@@ -208,7 +208,10 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     def _class_prior(self, counts: Array) -> Array:
         if self.priors is None:
             return counts / counts.sum()
-        priors = np.asarray(self.priors, dtype=np.float64)
+        try:
+            priors = np.asarray(self.priors, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"priors must be numbers, got {self.priors!r}") from None
         if priors.shape != counts.shape:
             raise ValueError(f"priors must be {len(counts)}, one a class, got {priors.shape}")
         if not (priors >= 0).all() or not np.isclose(priors.sum(), 1):

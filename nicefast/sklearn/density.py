@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ..checks import check_count
 from ..flow import NICE
 from .columns import Array, Columns, constant_columns, integer_columns, labels, refuse_constant
 from .fitted import FittedFlow, fit_flow, mean_log_prob
@@ -170,6 +171,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
         their constants. ValueError for a negative ``n_samples``.
         """
         check_is_fitted(self)
+        check_count("n_samples", n_samples)
         seed = int(check_random_state(random_state).randint(SEEDS))
         drawn = self._flow.sample(n_samples, seed)
         noisy = list(self._flow.columns.noisy)

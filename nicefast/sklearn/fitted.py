@@ -18,7 +18,9 @@ import torch
 
 from ..baselines import Gaussian
 from ..checkpoint import load, save
+from ..checks import check_choice, check_count, check_type, is_number
 from ..data import Dataset
+from ..devices import usable_device
 from ..evaluation import SCORING_ROWS
 from ..flow import NICE
 from ..precision import at_precision
@@ -143,10 +145,9 @@ def fit_flow(
     """
     options = {key: _plain(value) for key, value in options.items()}
     share, dtype = options["validation_fraction"], options["dtype"]
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+    if not is_number(share) or not 0 <= share < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {share!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_choice("dtype", dtype, DTYPES)
     recipe = Recipe(
         **{key: options[key] for key in ("epochs", "patience", "batch_size", "lr", "weight_decay")},
         averaging=0.995,
@@ -173,8 +174,7 @@ def mean_log_prob(
 ) -> Array:
     """Mean over noise draws of ``density`` of rows with noise; one draw where none is needed."""
     draws = _plain(draws)
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"noise_draws must be an integer >= 1, got {draws!r}")
+    check_count("noise_draws", draws, 1)
     draws = draws if len(noisy) else 1
     total = density(with_noise(rows, noisy))
     for draw in range(1, draws):
@@ -184,11 +184,16 @@ def mean_log_prob(
 
 def _model(features: int, options: dict[str, Any], seed: int) -> NICE:
     names = ("couplings", "prior", "partition", "activation", "dropout")
-    hidden = tuple(operator.index(width) for width in options["hidden"])
+    try:
+        hidden = tuple(operator.index(width) for width in options["hidden"])
+    except TypeError:
+        raise TypeError(f"hidden must be integers >= 1, got {options['hidden']!r}") from None
+    device = "cpu" if options["device"] is None else options["device"]
+    check_type("device", device, (str, torch.device), "a device or its name")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = NICE(features, hidden=hidden, **{n: options[n] for n in names})
-    return model.to(options["device"] or "cpu")
+    return model.to(usable_device(device))
 
 
 def _printer(name: str) -> Callable[[Epoch], None]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import priors
+from ..checks import check_choice, check_number, check_tensor, check_type
 from ..flow import NICE
 from ..layers import MLP, AdditiveCoupling
+from .recipe import STARTS
 
 
 @torch.no_grad()
@@ -25,13 +27,17 @@ def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
         x: (N, \\*event_shape), two or more rows.
         limit: most that log_scale is set to.
 
-    Raises ValueError where a feature of ``x`` is constant or not finite.
+    Raises ValueError where a feature of ``x`` is constant or not finite, or the limit is NaN;
+    TypeError for arguments of a wrong kind.
 
     >>> model = NICE(2, hidden=(8,), prior="normal")
     >>> init_scaling(model, torch.tensor([[0.0, 10.0], [2.0, 30.0], [1.0, 20.0]]))
     >>> model.scaling.log_scale.exp()
     tensor([1.0000, 0.1000], grad_fn=<ExpBackward0>)
     """
+    check_type("model", model, NICE, "a nicefast.NICE")
+    check_tensor("x", x)
+    check_number("limit", limit, finite=False)
     deviation = x.flatten(1).double().std(0)
     unusable = (~(deviation > 0) | ~deviation.isfinite()).nonzero().flatten().tolist()
     if unusable:
@@ -49,6 +55,8 @@ def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
 @torch.no_grad()
 def initialise(model: NICE, start: str, x: Tensor, limit: float = math.inf) -> None:
     """Where training begins: see ``start`` of :class:`Recipe`; ``x`` are preprocessed rows."""
+    check_type("model", model, NICE, "a nicefast.NICE")
+    check_choice("start", start, STARTS)
     for coupling in model.couplings:
         linears = cast("MLP", cast("AdditiveCoupling", coupling).conditioner).linears
         for linear in linears[-1:] if start == "data" else linears:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .fitting import TRAINING_NOISE
+from ..checks import check_choice, check_type
+from .fitting import check_training_seed
 from .presets import PRESETS
 from .recipe import Recipe
 
@@ -46,18 +47,18 @@ class Configuration:
     def __post_init__(self) -> None:
         if not isinstance(self.data, str) or not self.data:
             raise ValueError("data must name a data set or a file: this preset leaves it to you")
+        check_type("model", self.model, Mapping, "a mapping")
+        check_type("recipe", self.recipe, Recipe, "a Recipe")
         if unknown := [key for key in self.model if key not in MODEL]:
             raise ValueError(f"model.{unknown[0]} is unknown: one of {', '.join(MODEL)}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < TRAINING_NOISE:
-            raise ValueError(f"seed must be from 0 to 2^62 - 1, got {self.seed}")
+        check_training_seed(self.seed)
         if not isinstance(self.noise_draws, int) or self.noise_draws < 1:
             raise ValueError(f"noise_draws must be at least 1, got {self.noise_draws}")
 
     @classmethod
     def of_preset(cls, name: str, data: str | None = None) -> Configuration:
         """Of :data:`nicefast.training.presets.PRESETS`, on its own data or on ``data``."""
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        check_choice("preset", name, PRESETS)
         p = PRESETS[name]
         return cls(
             data or p.data,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_path, check_type
 from ..data import Dataset
 from ..evaluation import density, mean_score
 from ..flow import NICE
@@ -86,7 +87,9 @@ def fit(
         resume: go on from ``snapshot``: on a CPU, with the very same results.
 
     Raises:
-        ValueError: no training row; a snapshot that is missing, damaged, or of another fit.
+        TypeError: an argument of a wrong kind.
+        ValueError: no training row; a seed out of range; a snapshot that is missing, damaged, or
+            of another fit.
         FloatingPointError: the log-likelihood became non-finite; names the step.
 
     >>> from nicefast.data import load_data
@@ -97,8 +100,16 @@ def fit(
     >>> [epoch.epoch for epoch in fit(model, data, steps, Recipe(epochs=2)).epochs]
     [1, 2]
     """
-    if not 0 <= seed < TRAINING_NOISE:
-        raise ValueError(f"seed must be from 0 to 2^62 - 1, got {seed}")
+    check_type("model", model, NICE, "a nicefast.NICE")
+    check_type("data", data, Dataset, "a Dataset")
+    check_type("preprocessing", preprocessing, Preprocessing, "a Preprocessing")
+    check_type("recipe", recipe, Recipe | None, "a Recipe")
+    check_training_seed(seed)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function, got {type(progress).__name__}")
+    if snapshot is not None:
+        check_path("snapshot", snapshot)
+    check_number("snapshot_seconds", snapshot_seconds, finite=False)
     run = _Fit(model, data, preprocessing, recipe or Recipe(), seed, snapshot, snapshot_seconds)
     if resume:
         run.restore()
@@ -115,6 +126,12 @@ def fit(
             if progress is not None:
                 progress(epoch)
     return run.finish()
+
+
+def check_training_seed(seed: int) -> None:
+    """0 <= seed < 2^62: the noise of training begins there."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < TRAINING_NOISE:
+        raise ValueError(f"seed must be from 0 to 2^62 - 1, got {seed!r}")
 
 
 class _Fit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from ..checks import check_choice, is_number
 from ..evaluation import OBJECTIVES
 from ..precision import MATMUL
 from .optimisers import SCHEDULES
@@ -84,7 +85,9 @@ class Recipe:
                 isinstance(value, bool) or not isinstance(value, int)
             ):
                 check(field.name, False, "an integer")
-            if isinstance(field.default, float) and not isinstance(value, int | float):
+            if isinstance(field.default, float) and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
                 check(field.name, False, "a number")
         for name in ("epochs", "patience", "batch_size", "average_every", "validation_draws"):
             check(name, getattr(self, name) >= 1, "at least 1")
@@ -95,7 +98,7 @@ class Recipe:
             ("schedule", SCHEDULES),
             ("precision", tuple(MATMUL)),
         ):
-            check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         check("lr", 0 < self.lr < math.inf, "positive and finite")
         for name in ("eps", "warmup", "lr_least", "weight_decay", "clip"):
             check(name, 0 <= getattr(self, name) < math.inf, "non-negative and finite")
@@ -106,7 +109,9 @@ class Recipe:
         ramp = self.momentum_epochs
         check(
             "momentum_epochs",
-            len(ramp) == 0 or (len(ramp) == 2 and 0 <= ramp[0] < ramp[1]),
+            isinstance(ramp, tuple | list)
+            and all(map(is_number, ramp))
+            and (len(ramp) == 0 or (len(ramp) == 2 and 0 <= ramp[0] < ramp[1])),
             "empty or two epochs, the first below the second",
         )
         if self.weight_decay and self.optimiser != "adamw":

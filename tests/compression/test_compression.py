@@ -372,6 +372,12 @@ def test_sources_that_hold_no_levels(tmp_path):
     compress(tmp_path / "x.csv", model, tmp_path / "out.nf", steps)
     with pytest.raises(ValueError, match="exists already"):
         compress(tmp_path / "x.csv", model, tmp_path / "out.nf", steps)
+    with pytest.raises(TypeError, match="source must be a path, got Tensor"):
+        compress(torch.zeros(2, 3), model, tmp_path / "other.nf", steps)
+    with pytest.raises(TypeError, match="out must be a path, got NoneType"):
+        compress(tmp_path / "x.csv", model, None, steps)
+    with pytest.raises(TypeError, match="path must be a path, got int"):
+        decompress(3, model, tmp_path / "other", steps)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from ...checks import check_type
 from ...data.matlab import WrongError
 from .base import Array, Columns
 
@@ -104,6 +105,7 @@ def of_array(shape: tuple[int, ...], wanted: Wanted) -> tuple[slice | Array | No
 
 def listed(what: str, columns: Columns) -> tuple[str | int, ...]:
     """``columns`` as a tuple, one alone as a list of one; TypeError for no names or positions."""
+    check_type(what, columns, Iterable | int, "names or positions of columns")
     found = (columns,) if isinstance(columns, str | int) else tuple(columns)
     for column in found:
         if isinstance(column, bool) or not isinstance(column, str | int | np.integer):
