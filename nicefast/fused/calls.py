@@ -31,8 +31,8 @@ def couple(
 ) -> Tensor:
     """Rows through a whole chain of couplings; :func:`nicefast.reference.couple` defines it.
 
-    log |det| = 0 (Dinh et al. 2014, section 3.2). Differentiable any number of times; with narrow
-    conditioners, memory does not grow with the number of couplings.
+    log |det| = 0 (Dinh et al. 2014, section 3.2). Differentiable any number of times; up to 128
+    hidden units, memory does not grow with the number of couplings.
 
     Args:
         chain: what :func:`nicefast.choose_path` found for rows of this kind.
@@ -68,8 +68,9 @@ def couple(
 def flow_log_prob(
     fused: DifferentiableFlow, x: Tensor, context: Tensor | None, log_scale: Tensor
 ) -> Tensor:
-    """log_prob (N,) of rows x (N, D) by a whole flow in one pass, in nats: what ``couple`` and
-    :func:`scale_log_prob` say one after the other (Dinh et al. 2014, equation 1).
+    """log_prob (N,) of rows x (N, D) by a whole flow in one pass, in nats: what :func:`couple` and
+    :func:`nicefast.functional.scale_log_prob` say one after the other (Dinh et al. 2014,
+    equation 1).
 
     Differentiable any number of times.
 

@@ -188,6 +188,19 @@ def test_slices_of_one_vector_are_never_stale(device):
     assert torch.allclose(after, plain(model, x), atol=ATOL, rtol=1e-5)
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_an_infinite_row_is_never_a_number_and_reaches_no_other(device, value):
+    model, x = make(6, activation="tanh", device=device), torch.randn(5, 6, device=device)
+    with torch.no_grad():
+        clean = model.log_prob(x)
+        for feature in range(6):
+            row = x.clone()
+            row[2, feature] = value
+            found = model.log_prob(row)
+            assert not found[2].isfinite()
+            assert torch.equal(found[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
 def test_two_flows_with_one_first_parameter(device):
     one, other = make(6, device=device), make(6, device=device, activation="tanh")
     first = one.couplings[0].conditioner.linears[0].weight
