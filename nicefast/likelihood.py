@@ -56,11 +56,11 @@ def scale_log_prob(
     return z, log_prob
 
 
-def of_few(z: Tensor, log_scale: Tensor, prior: str, keeps_z: bool = True) -> Tensor:
+def of_few(z: Tensor, log_scale: Tensor, prior: str, keeps_z: bool = True, dim: int = 1) -> Tensor:
     """log_prob (N,) of rows that are scaled already, z (N, D), in nats, with as few calls as can
-    be; ``z`` is written over unless it is to be kept."""
-    out = torch.empty(z.shape[0], dtype=z.dtype, device=z.device)
-    sum_log_prior(z, prior, 1, out, torch.empty_like(z) if keeps_z else z, torch.empty_like(z))
+    be; ``z`` is written over unless it is to be kept, and ``dim`` is the one of features."""
+    out = torch.empty(z.shape[1 - dim], dtype=z.dtype, device=z.device)
+    sum_log_prior(z, prior, dim, out, torch.empty_like(z) if keeps_z else z, torch.empty_like(z))
     return out.add_(constant(log_scale, prior))
 
 

@@ -12,20 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import reference
 from .philox import FEW_QUADS, philox_of_few
-from .reference import box_muller
 
 Array = Any  # of NumPy
 
 
 def serves(log_scale: Tensor, n: int) -> bool:
-    """Whether :func:`sample_prior` is the faster way to so many rows, and one."""
+    """Whether NumPy is the faster way to so many rows, and one."""
     few = n * -(-log_scale.shape[0] // 4) < FEW_QUADS
     return few and log_scale.is_cpu and log_scale.dtype == torch.float32
 
 
 def sample_prior(log_scale: Tensor, n: int, seed: int, prior: str, row_offset: int) -> Tensor:
-    """:func:`nicefast.reference.sample_prior` (n, D), in float32."""
+    """:func:`nicefast.reference.sample_prior` (n, D), in log_scale's dtype, the faster way."""
+    if not serves(log_scale, n):
+        return reference.sample_prior(log_scale, n, seed, prior, row_offset)
     d = log_scale.shape[0]
     rows = np.arange(n) + row_offset
     bits = philox_of_few(rows, np.arange(-(-d // 4)), 0, seed)
@@ -44,7 +46,7 @@ def _logistic(bits: Array) -> Tensor:
 
 
 def _normal(bits: Array) -> Tensor:
-    return box_muller(torch.from_numpy(_unit(bits.view(np.uint32), 2.0**-32)))
+    return reference.box_muller(torch.from_numpy(_unit(bits.view(np.uint32), 2.0**-32)))
 
 
 def _unit(bits: Array, scale: float) -> Array:

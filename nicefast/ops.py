@@ -256,7 +256,7 @@ _define(
 def _sample_prior(
     log_scale: Tensor, n: int, row_offset: int, seed: int, prior: str, dtype: torch.dtype
 ) -> Tensor:
-    if dtype == log_scale.dtype and noise.serves(log_scale, n):
+    if dtype == log_scale.dtype:
         return noise.sample_prior(log_scale, n, seed, prior, row_offset)
     return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
 

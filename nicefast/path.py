@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import backend, watchers
 from .fused.casts import forget_casts
 from .fused.chain import Chain
+from .fused.few import FewFlow
 from .fused.flow import DifferentiableFlow, FusedFlow
 from .fused.handful import Handful
 from .fused.onepiece import OnePiece
@@ -53,9 +54,9 @@ class Path(NamedTuple):
         return self.fused if isinstance(self.fused, WholeFlow) else None
 
     @property
-    def sampler(self) -> WholeFlow | Handful | None:
+    def sampler(self) -> WholeFlow | Handful | FewFlow | None:
         """What draws a sample, noise and all."""
-        return self.fused if isinstance(self.fused, WholeFlow | Handful) else None
+        return self.fused if isinstance(self.fused, WholeFlow | Handful | FewFlow) else None
 
     @property
     def differentiable(self) -> DifferentiableFlow | None:
@@ -142,12 +143,12 @@ def _whole(chain: Chain, flow: Flow, x: Tensor) -> WholeFlow | str:
     return WholeFlow(chain.rebuilding, shape, tile, x.device)
 
 
-def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> DifferentiableFlow | None:
+def _on_cpu(chain: Chain, flow: Flow, x: Tensor, recorded: bool) -> FusedFlow | None:
     """The whole flow in one pass, where a CPU is fastest so."""
     if not x.is_cpu or _why_scaling_is_apart(flow.scaling, x.shape[1]) is not None:
         return None
     rows = x.shape[0]
-    for kind in (Handful, OnePiece):
+    for kind in (Handful, FewFlow, OnePiece):
         if kind.serves(chain, rows, recorded):
             return kind(chain.keeping, flow.prior_name)
     return SidewaysFlow(chain, flow.prior_name) if SidewaysFlow.serves(chain, recorded) else None

@@ -96,7 +96,7 @@ def kolmogorov_smirnov(z, prior):
 class Operators(TorchDispatchMode):
     """Remembers what PyTorch is asked to do in this thread: the names of operators, in order."""
 
-    FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias")
+    FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias", "unsqueeze")
 
     def __init__(self):
         super().__init__()

@@ -38,6 +38,10 @@ def test_wide_flows_and_small_batches_keep_their_activations():
     assert "rebuilds activations" in flow(hidden=(16,)).explain(rows=1_000_000)
 
 
+def test_a_path_is_printed_without_weights():
+    assert len(repr(path(flow(partition="random")))) < 400
+
+
 def _hooked(model):
     model.couplings[1].conditioner.linears[0].register_forward_hook(lambda *_: None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -26,9 +26,9 @@ class Chain:
     ``rebuild``: activations are rebuilt in the backward pass, otherwise they are kept.
     """
 
-    couplings: tuple[Layers, ...]
+    couplings: tuple[Layers, ...] = field(repr=False)
     conditions: tuple[int, ...]
-    sides: tuple[Features, Features]
+    sides: tuple[Features, Features] = field(repr=False)
     activation: str
     context: int
     bfloat16: bool

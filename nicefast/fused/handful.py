@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import noise, reference, watchers
+from .. import noise, watchers
 from ..ops import check_log_scale
 from .arrays import ACTIVATIONS, MOST, Array, Arrays, array, product
 from .chain import Chain
@@ -23,7 +23,7 @@ from .onepiece import empty
 from .sums import Gradients
 
 SMALL = 1 << 16  # numbers of a weight: larger ones take their time whoever is called
-FEW = 2 * MOST  # multiplications of such a weight's product: with more, several threads gain more,
+FEW = MOST  # multiplications of such a weight's product: with more, several threads gain more,
 FEW_OF_MANY_CALLS = 4 * MOST  # where PyTorch's calls cost more: with gradients, and of wide flows
 NUMBERS = 1 << 18  # of all activations: with more, what is done to each takes several threads
 SUMMED = 1 << 10  # rows: NumPy sums one after the other, less exactly than PyTorch,
@@ -131,8 +131,7 @@ class Handful(DifferentiableFlow):
     ) -> Tensor:
         """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
         check_log_scale(log_scale)
-        draw = noise.sample_prior if noise.serves(log_scale, n) else reference.sample_prior
-        h = draw(log_scale, n, seed, self.prior, row_offset)
+        h = noise.sample_prior(log_scale, n, seed, self.prior, row_offset)
         return self.couple(h, context, inverse=True)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:

@@ -66,10 +66,10 @@ def test_who_is_served():
         size = model.couplings[0].conditioner.linears[1].weight.numel()
         for few, mode in ((recorded, torch.enable_grad()), (plain, torch.no_grad())):
             with mode:
-                for rows, kind in ((few // size, Handful), (few // size + 1, OnePiece)):
-                    assert kind_of(model, rows) is kind or rows == 0
+                assert kind_of(model, few // size) is Handful or few // size == 0
+                assert kind_of(model, few // size + 1) is not Handful
     model = narrow.requires_grad_(False)
-    assert kind_of(model, FEW // 32**2 + 1) is OnePiece
+    assert kind_of(model, FEW // 32**2 + 1) is not Handful
     assert kind_of(model, FEW // 32**2 + 1, requires_grad=True) is Handful
     assert "by NumPy" in model.explain(1)
     deep = make(

@@ -1,0 +1,119 @@
+"""Few rows on the CPU, on their side and in one piece: a row of memory for each feature.
+
+Where a product takes about as long as its weight is to read, ``W h^T``, which reads it as it lies,
+takes half the time of ``h W^T``. What a coupling shifts is shifted where it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import likelihood, noise, watchers
+from ..activations import ACTIVATIONS
+from ..blocks import alone
+from ..ops import check_log_scale
+from .chain import Chain
+from .flow import FusedFlow
+from .onepiece import empty
+
+ROWS = 48  # with more, a large weight takes no longer to turn than to multiply;
+ROWS_OF_SIDEWAYS = 1 << 8  # where smaller ones do
+PAIR = (2, 3)  # so few columns of a matrix are slower than rows; a single one is not
+
+
+@dataclass(frozen=True)
+class FewFlow(FusedFlow):
+    """Couplings, scaling and prior of a flow of MLPs, for few float32 rows on the CPU."""
+
+    chain: Chain
+    prior: str
+
+    @staticmethod
+    def serves(chain: Chain, rows: int, recorded: bool) -> bool:
+        """Whether so many rows are best so; ``recorded``: for a gradient."""
+        most = ROWS_OF_SIDEWAYS if chain.sideways(recorded) else ROWS
+        if recorded or chain.bfloat16 or rows > most or rows in PAIR:
+            return False
+        return not watchers.has_modes()  # a mode is to see products and little else
+
+    def pieces(self, rows: int) -> str:
+        return f"{rows} rows in one piece, on its side"
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        log_scale: Tensor,
+        want_z: bool = False,
+        want_log_prob: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        check_log_scale(log_scale)
+        none = empty(0)
+        with alone(x.device):
+            z = self._through(_turned(x), context, False).mul_(log_scale.exp().unsqueeze(1))
+            log_prob = none
+            if want_log_prob:
+                log_prob = likelihood.of_few(z, log_scale, self.prior, want_z, dim=0)
+            return _turned(z) if want_z else none, log_prob
+
+    def inverse(self, z: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
+        check_log_scale(log_scale)
+        with alone(z.device):
+            h = _turned(z).mul_(log_scale.neg().exp_().unsqueeze(1))
+            return _turned(self._through(h, context, True))
+
+    def sample(
+        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
+    ) -> Tensor:
+        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
+        check_log_scale(log_scale)
+        h = noise.sample_prior(log_scale, n, seed, self.prior, row_offset)
+        return self.couple(h, context, inverse=True)
+
+    def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        with alone(x.device):
+            return _turned(self._through(_turned(x), context, inverse))
+
+    def _through(self, rows: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        """``rows`` (D, N) through all couplings, or back through them, in place."""
+        chain, c = self.chain, None if context is None else context.t().float()
+        columns = [f.columns for f in chain.sides]
+        pair = [  # views where features are evenly spaced
+            rows[own] if isinstance(own, slice) else rows.index_select(0, own) for own in columns
+        ]
+        for index in chain.steps(inverse):
+            side, (weight, bias) = chain.conditions[index], chain.couplings[index][-1]
+            h, plus = self._hidden(index, pair[side], c), bias.unsqueeze(1)
+            if inverse:
+                pair[1 - side].sub_(plus).addmm_(weight, h, alpha=-1)
+            else:
+                pair[1 - side].add_(plus).addmm_(weight, h)
+        for own, half in zip(columns, pair, strict=True):
+            if not isinstance(own, slice):
+                rows.index_copy_(0, own, half)
+        return rows
+
+    def _hidden(self, index: int, h: Tensor, c: Tensor | None) -> Tensor:
+        """The last hidden layer of coupling ``index``, which conditions on ``h``."""
+        (weight, bias), *others = self.chain.couplings[index][:-1]
+        plus = bias.unsqueeze(1)
+        if c is not None:
+            weight, of_context = weight.split((h.shape[0], self.chain.context), 1)
+            plus = torch.addmm(plus, of_context, c)
+        h = self._activated(plus, weight, h)
+        for weight, bias in others:
+            h = self._activated(bias.unsqueeze(1), weight, h)
+        return h
+
+    def _activated(self, plus: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+        if self.chain.activation == "relu":  # one call
+            return torch._addmm_activation(plus, weight, h)
+        return ACTIVATIONS[self.chain.activation].apply_(torch.addmm(plus, weight, h))
+
+
+def _turned(x: Tensor) -> Tensor:
+    """``x^T``, in memory of its own."""
+    return x.t().clone(memory_format=torch.contiguous_format)
