@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,6 +71,7 @@ def report(found: Sequence[Record], folder: str | Path) -> Path:
     names = names_of(newest)
     lines = [f"# Benchmark: {devices[0]}", "", *_header(newest)]
     lines += ["", f"## {MINE} and the best other", "", *headline(newest)]
+    lines += ["", *without_compile(newest)]
     lines += ["", *across(newest)]
     lines += ["", *_summary(groups, names)]
     lines += ["", "## At least so long", "", *_bounds(newest)]
@@ -106,23 +107,46 @@ def headline(newest: Sequence[Record]) -> Iterator[str]:
 def across(newest: Sequence[Record]) -> Iterator[str]:
     """Whole flows with bfloat16 operands, beside the fastest other in float32: what both the
     precision and the library are good for."""
+    others = {r["provider"] for r in newest} - {MINE}
+    yield from _beside(newest, "bf16", others, DIRECTIONS, "{}, bf16 / others in float32")
+
+
+def without_compile(newest: Sequence[Record]) -> Iterator[str]:
+    """Whole flows in float32 beside the fastest that needs no C++ compiler, where one did."""
+    others = {r["provider"] for r in newest} - {MINE}
+    compiled = {name for name in others if name.startswith("compile")}
+    timed = {r["direction"] for r in newest if r["provider"] in compiled and records.is_timed(r)}
+    directions = [d for d in DIRECTIONS if d in timed]
+    heading = "{}, float32, without torch.compile"
+    yield from _beside(newest, "float32", others - compiled, directions, heading)
+
+
+def _beside(
+    newest: Sequence[Record],
+    precision: str,
+    others: Set[str],
+    directions: Sequence[str],
+    heading: str,
+) -> Iterator[str]:
+    """Whole flows in ``precision``, beside the fastest of ``others`` in float32."""
     mine: dict[tuple[str, str], float] = {}
-    others: dict[tuple[str, str], tuple[float, str]] = {}
+    fastest: dict[tuple[str, str], tuple[float, str]] = {}
     for flow, r in _whole_flows(filter(records.is_timed, newest)):
-        key, seconds = (flow.title, r["direction"]), r["median"]
-        if r["provider"] == MINE and r["precision"] == "bf16":
-            mine[key] = seconds
-        elif r["provider"] != MINE and r["precision"] == "float32":
-            others[key] = min(others.get(key, (seconds, r["provider"])), (seconds, r["provider"]))
+        if r["direction"] not in directions:
+            continue
+        key, found = (flow.title, r["direction"]), (r["median"], r["provider"])
+        if r["provider"] == MINE and r["precision"] == precision:
+            mine[key] = r["median"]
+        elif r["provider"] in others and r["precision"] == "float32":
+            fastest[key] = min(fastest.get(key, found), found)
     cells: dict[str, dict[str, str]] = {}
-    for flow, direction in mine.keys() & others.keys():
-        seconds, provider = others[flow, direction]
+    for flow, direction in mine.keys() & fastest.keys():
+        seconds, provider = fastest[flow, direction]
         ratio = seconds / mine[flow, direction]
         cells.setdefault(flow, {})[direction] = f"{ratio:.2f} ({provider})"
     order = [title for title in dict.fromkeys(f.title for f in FLOWS.values()) if title in cells]
     yield from _by_flow(
-        {title: cells[title] for title in order},
-        {d: f"{d}, bf16 / others in float32" for d in DIRECTIONS},
+        {title: cells[title] for title in order}, {d: heading.format(d) for d in directions}
     )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count, check_seed, check_type
 from .devices import device_of, dtype_of
 from .flow import NICE
 from .grid import round_to_grid
@@ -104,6 +105,7 @@ def evaluate(
         seed: of the noise.
 
     Raises:
+        TypeError: rows are no tensor, or preprocessing is no Preprocessing.
         ValueError: fewer than two rows or one draw, or a log-likelihood that is not finite.
 
     >>> from nicefast.baselines import Gaussian
@@ -111,10 +113,12 @@ def evaluate(
     >>> evaluate(Gaussian.full(x), x, Preprocessing(())).bits_per_dim is None
     True
     """
-    if len(rows) < 2:
-        raise ValueError(f"rows must be two or more, got {len(rows)}")
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_type("rows", rows, Tensor, "a torch.Tensor")
+    check_type("preprocessing", preprocessing, Preprocessing, "a Preprocessing")
+    check_count("draws", draws, 1)
+    check_seed(seed)
+    if rows.ndim < 1 or len(rows) < 2:
+        raise ValueError(f"rows must be two or more, got shape {tuple(rows.shape)}")
     discrete = not rows.is_floating_point()
     draws = draws if discrete else 1
     with at_precision("float32", device_of(model)):

@@ -279,6 +279,7 @@ def sample_prior(
     check_count("n", n)
     check_count("row_offset", row_offset)
     dtype = dtype or log_scale.dtype
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     if seed is None:

@@ -134,7 +134,13 @@ class Partition:
         Raises TypeError for another dtype, ValueError for another shape or an empty side.
         """
         if not isinstance(mask, Tensor):
-            mask = torch.as_tensor(mask, device="cpu")
+            try:
+                mask = torch.as_tensor(mask, device="cpu")
+            except (TypeError, ValueError, RuntimeError):
+                kind = type(mask).__name__
+                raise TypeError(
+                    f"mask must be a bool tensor or a sequence of bools, got {kind}"
+                ) from None
         if mask.dtype != torch.bool:
             raise TypeError(
                 f"mask must be a bool tensor, True = conditioning, got dtype {mask.dtype}"

@@ -339,7 +339,7 @@ def test_the_readme_s_table_is_made_of_the_committed_measurements():
     assert found
     readme = (root / "README.md").read_text().splitlines()
     for path in found:
-        for make in (report.headline, report.across):
+        for make in (report.headline, report.without_compile, report.across):
             table = list(make(records.read([path])))
             assert len(table) > 2
             assert set(table) <= set(readme)
@@ -356,3 +356,12 @@ def test_bfloat16_beside_the_others_in_float32():
     assert "sample" not in header  # others were not measured at it in float32
     assert rows == ["| D=64, hidden 256 x 3, 4 couplings, 16,384 rows | 4.00 (FrEIA) |"]
     assert list(report.across(found[:3])) == []
+
+
+def test_beside_those_that_need_no_compiler():
+    found = group({"nicefast": 1.0, "plain": 3.0, "FrEIA": 2.0, "compile": 1.5})
+    found += group({"nicefast": 1.0, "plain": 3.0}, direction="inverse")
+    header, _, *rows = report.without_compile(found)
+    assert header == "|  | log_prob, float32, without torch.compile |"  # inverse: as it was
+    assert rows == ["| D=64, hidden 256 x 3, 4 couplings, 16,384 rows | 2.00 (FrEIA) |"]
+    assert list(report.without_compile(found[:3])) == []

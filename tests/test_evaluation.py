@@ -104,10 +104,14 @@ def test_evaluation_is_in_float32_whatever_is_in_force():
 
 def test_what_gives_no_figure_is_refused():
     data = tiny_data(None)
-    with pytest.raises(ValueError, match="two or more, got 1"):
+    with pytest.raises(ValueError, match=r"two or more, got shape \(1, 4\)"):
         evaluate(tiny_model(), data.test[:1], NONE)
-    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="draws must be an integer >= 1, got 0"):
         evaluate(tiny_model(), tiny_data().test, NONE, draws=0)
+    with pytest.raises(TypeError, match=r"rows must be a torch\.Tensor, got list"):
+        evaluate(tiny_model(), [[1.0]], NONE)
+    with pytest.raises(TypeError, match="preprocessing must be a Preprocessing, got NoneType"):
+        evaluate(tiny_model(), data.test, None)
     broken = data.test.clone()
     broken[3] = math.nan
     with pytest.raises(ValueError, match="not finite in 1 rows"):

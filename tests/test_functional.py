@@ -165,6 +165,11 @@ X, S2, LS = torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4)
             TypeError,
             "dtype must be floating point",
         ),
+        (
+            lambda: F.sample_prior(LS, 2, dtype="a"),
+            TypeError,
+            "dtype must be a torch.dtype, got str",
+        ),
         (lambda: F.sample_prior(X, 2), ValueError, r"log_scale must have shape \(D,\)"),
         (
             lambda: F.additive_coupling_(X.clone().requires_grad_(), S2, P4),

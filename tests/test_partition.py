@@ -129,6 +129,8 @@ def test_printable_and_copyable():
         (lambda: P.checkerboard(1, 1), ValueError, "at least 2 features, got 1"),
         (lambda: P.random(4, seed=-1), ValueError, "seed must be at least 0, got -1"),
         (lambda: P.from_mask(torch.ones(4)), TypeError, r"mask must be a bool tensor.*float32"),
+        (lambda: P.from_mask(None), TypeError, "mask must be a bool tensor or a seq.*got NoneType"),
+        (lambda: P.from_mask("ab"), TypeError, "mask must be a bool tensor or a seq.*got str"),
         (lambda: P.from_mask(torch.ones(2, 2, dtype=torch.bool)), ValueError, r"mask .*\(2, 2\)"),
         (lambda: P.from_mask(torch.ones(4, dtype=torch.bool)), ValueError, "no feature is shifted"),
         (lambda: P.from_mask(torch.zeros(4, dtype=torch.bool)), ValueError, "no feature is cond"),
