@@ -103,15 +103,11 @@ class FewFlow(FusedFlow):
         if c is not None:
             weight, of_context = weight.split((h.shape[0], self.chain.context), 1)
             plus = torch.addmm(plus, of_context, c)
-        h = self._activated(plus, weight, h)
+        activate_ = ACTIVATIONS[self.chain.activation].apply_
+        h = activate_(torch.mm(weight, h).add_(plus))  # addmm would copy the bias first
         for weight, bias in others:
-            h = self._activated(bias.unsqueeze(1), weight, h)
+            h = activate_(torch.mm(weight, h).add_(bias.unsqueeze(1)))
         return h
-
-    def _activated(self, plus: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-        if self.chain.activation == "relu":  # one call
-            return torch._addmm_activation(plus, weight, h)
-        return ACTIVATIONS[self.chain.activation].apply_(torch.addmm(plus, weight, h))
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -392,7 +392,7 @@ def test_a_wide_log_prob_is_products_and_three_kernels(partition, rows, features
     uncounted = Operators()
     uncounted.seen = [e.name.split("::")[1] for e in calls.events() if e.cpu_parent is None]
     assert len(uncounted.products()) == 4 * 6
-    assert len(uncounted.computing()) < 2 * 4 * 6, uncounted.computing()
+    assert len(uncounted.computing()) < (4 if rows <= 64 else 2) * 4 * 6, uncounted.computing()
 
 
 def test_a_rebuilding_step_takes_at_most_a_third_more_products(monkeypatch):
