@@ -19,8 +19,8 @@ from .chain import Chain
 from .flow import FusedFlow
 from .onepiece import empty
 
-ROWS = 48  # with more, a large weight takes no longer to turn than to multiply;
-ROWS_OF_SIDEWAYS = 1 << 8  # where smaller ones do
+ROWS = 48  # with more, a large weight takes no longer to turn than to multiply,
+NUMBERS = 1 << 16  # and with more numbers in an activation, nor does a small one
 PAIR = (2, 3)  # so few columns of a matrix are slower than rows; a single one is not
 
 
@@ -34,7 +34,7 @@ class FewFlow(FusedFlow):
     @staticmethod
     def serves(chain: Chain, rows: int, recorded: bool) -> bool:
         """Whether so many rows are best so; ``recorded``: for a gradient."""
-        most = ROWS_OF_SIDEWAYS if chain.sideways(recorded) else ROWS
+        most = max(ROWS, NUMBERS // chain.width)
         if recorded or chain.bfloat16 or rows > most or rows in PAIR:
             return False
         return not watchers.has_modes()  # a mode is to see products and little else
