@@ -23,7 +23,7 @@ from .onepiece import empty
 from .sums import Gradients
 
 SMALL = 1 << 16  # numbers of a weight: larger ones take their time whoever is called
-FEW = MOST  # multiplications of such a weight's product: with more, several threads gain more,
+FEW = MOST  # multiplications of such a weight's product: with more, rows on their side gain more,
 FEW_OF_MANY_CALLS = 4 * MOST  # where PyTorch's calls cost more: with gradients, and of wide flows
 NUMBERS = 1 << 18  # of all activations: with more, what is done to each takes several threads
 SUMMED = 1 << 10  # rows: NumPy sums one after the other, less exactly than PyTorch,
