@@ -22,7 +22,7 @@ from . import backend, watchers
 from .fused.casts import forget_casts
 from .fused.chain import Chain
 from .fused.few import FewFlow
-from .fused.flow import DifferentiableFlow, FusedFlow
+from .fused.flow import DifferentiableFlow, FusedFlow, SamplingFlow
 from .fused.handful import Handful
 from .fused.onepiece import OnePiece
 from .fused.sideways import SidewaysFlow
@@ -54,9 +54,9 @@ class Path(NamedTuple):
         return self.fused if isinstance(self.fused, WholeFlow) else None
 
     @property
-    def sampler(self) -> WholeFlow | Handful | FewFlow | None:
+    def sampler(self) -> WholeFlow | SamplingFlow | None:
         """What draws a sample, noise and all."""
-        return self.fused if isinstance(self.fused, WholeFlow | Handful | FewFlow) else None
+        return self.fused if isinstance(self.fused, WholeFlow | SamplingFlow) else None
 
     @property
     def differentiable(self) -> DifferentiableFlow | None:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import likelihood, noise, watchers
+from .. import likelihood, watchers
 from ..activations import ACTIVATIONS
 from ..blocks import alone
 from ..ops import check_log_scale
 from .chain import Chain
-from .flow import FusedFlow
+from .flow import SamplingFlow
 from .onepiece import empty
 
 ROWS = 48  # with more, a large weight takes no longer to turn than to multiply,
@@ -25,7 +25,7 @@ PAIR = (2, 3)  # so few columns of a matrix are slower than rows; a single one i
 
 
 @dataclass(frozen=True)
-class FewFlow(FusedFlow):
+class FewFlow(SamplingFlow):
     """Couplings, scaling and prior of a flow of MLPs, for few float32 rows on the CPU."""
 
     chain: Chain
@@ -64,14 +64,6 @@ class FewFlow(FusedFlow):
         with alone(z.device):
             h = _turned(z).mul_(log_scale.neg().exp_().unsqueeze(1))
             return _turned(self._through(h, context, True))
-
-    def sample(
-        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
-    ) -> Tensor:
-        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
-        check_log_scale(log_scale)
-        h = noise.sample_prior(log_scale, n, seed, self.prior, row_offset)
-        return self.couple(h, context, inverse=True)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         with alone(x.device):

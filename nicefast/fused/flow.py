@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import noise
+from ..ops import check_log_scale
 from .chain import Chain
 from .sums import Gradients
 
@@ -42,6 +44,20 @@ class FusedFlow(ABC):
     @abstractmethod
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         """Through the couplings alone."""
+
+
+class SamplingFlow(FusedFlow):
+    """One for rows so few that an operator of their own for their noise would cost too much."""
+
+    prior: str
+
+    def sample(
+        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
+    ) -> Tensor:
+        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
+        check_log_scale(log_scale)
+        h = noise.sample_prior(log_scale, n, seed, self.prior, row_offset)
+        return self.couple(h, context, inverse=True)
 
 
 class DifferentiableFlow(FusedFlow):

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import noise, watchers
+from .. import watchers
 from ..ops import check_log_scale
 from .arrays import ACTIVATIONS, MOST, Array, Arrays, array, product
 from .chain import Chain
-from .flow import DifferentiableFlow
+from .flow import DifferentiableFlow, SamplingFlow
 from .onepiece import empty
 from .sums import Gradients
 
@@ -47,7 +47,7 @@ class _Left(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Handful(DifferentiableFlow):
+class Handful(SamplingFlow, DifferentiableFlow):
     """Few rows in one piece, by NumPy, where no operator is to be seen."""
 
     chain: Chain
@@ -125,14 +125,6 @@ class Handful(DifferentiableFlow):
         with np.errstate(all="ignore"):
             self._through(array(z) * np.exp(-array(log_scale)), context, True, x)
         return x
-
-    def sample(
-        self, n: int, row_offset: int, seed: int, context: Tensor | None, log_scale: Tensor
-    ) -> Tensor:
-        """Rows ``row_offset`` to ``row_offset + n`` of the sample that has this seed."""
-        check_log_scale(log_scale)
-        h = noise.sample_prior(log_scale, n, seed, self.prior, row_offset)
-        return self.couple(h, context, inverse=True)
 
     def couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
         y = empty(*x.shape)
