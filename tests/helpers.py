@@ -84,6 +84,23 @@ def assert_three_way(value, plain, exact, slack=2.0):
     assert error(value, exact) <= slack * error(plain, exact) + tiny
 
 
+def assert_gradients(values, plain, exact, slack=2.0):
+    """The same of all gradients of a result together, each measured by its own largest number, and
+    of the root of their mean square: of a few long sums, the largest error is a matter of luck."""
+    scales = [(e.abs().nan_to_num(0.0).max().item() if e.numel() else 0.0) or 1.0 for e in exact]
+
+    def usual(found):
+        assert [g.dtype for g in found] == [p.dtype for p in plain]
+        errors = []
+        for g, e, scale in zip(found, exact, scales, strict=True):
+            assert error(g, e) < 1e-3 * scale
+            errors.append((g.detach().cpu().double() - e.detach().cpu().double()).flatten() / scale)
+        every = torch.cat(errors).nan_to_num(0.0)
+        return math.sqrt(every.square().sum().item() / max(1, len(every)))
+
+    assert usual(values) <= slack * usual(plain) + torch.finfo(plain[0].dtype).eps
+
+
 def kolmogorov_smirnov(z, prior):
     """sqrt(n) times the largest distance of the empirical from the exact distribution function."""
     z = z.double().flatten().sort().values

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from helpers import Operators, assert_three_way, make, plain_log_prob
+from helpers import Operators, assert_gradients, assert_three_way, make, plain_log_prob
 
 R = nf.reference
 
@@ -42,8 +42,7 @@ def test_log_prob_and_gradients(backend, device, partition, prior):
     grads = torch.autograd.grad((got * weights).sum(), list(model.parameters()))
     plains = torch.autograd.grad((plain * weights).sum(), list(model.parameters()))
     exacts = torch.autograd.grad((exact * weights.double()).sum(), list(wide.parameters()))
-    for g, p, e in zip(grads, plains, exacts, strict=True):
-        assert_three_way(g, p, e)
+    assert_gradients(grads, plains, exacts)
 
 
 def test_forward_inverse_and_log_prob_agree(backend, device):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from helpers import Operators, assert_three_way, make, strided
+from helpers import Operators, assert_gradients, assert_three_way, make, strided
 from nicefast import philox
 from nicefast.fused import calls
 from nicefast.fused.arrays import MOST, product
@@ -125,9 +125,7 @@ def test_gradients(options, rows, wants):
         plain = gradients(model, x.clone(), c, cotangent, wants)
     wide = (t if t is None else t.detach().double() for t in (x, c, cotangent))
     exact = gradients(copy.deepcopy(model).double(), *wide, wants)
-    for g, p, e in zip(got, plain, exact, strict=True):
-        assert g.shape == p.shape
-        assert_three_way(g, p, e)
+    assert_gradients(got, plain, exact)
 
 
 def test_gradients_of_gradients():

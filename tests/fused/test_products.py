@@ -5,15 +5,14 @@ import copy
 import itertools
 import multiprocessing
 import os
-import re
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import nicefast as nf
-from helpers import Operators, assert_three_way
-from nicefast.blocks import Blocks, _openmp
+from helpers import Operators, assert_gradients, assert_three_way
+from nicefast.blocks import Blocks
 from nicefast.fused import blockwise, calls, handful, onepiece, products, sideways
 from nicefast.reference import ACTIVATIONS
 
@@ -72,7 +71,7 @@ def with_gradients(model, call, x, c, cotangent):
     ]
 
 
-def check(model, call, n, slack=2):
+def check(model, call, n):
     x, c = inputs(model, n)
     shape = call(model)(x, c)
     cotangent = torch.randn_like(shape[0] if isinstance(shape, tuple) else shape)
@@ -82,8 +81,7 @@ def check(model, call, n, slack=2):
     wide = copy.deepcopy(model).double()
     exact = with_gradients(wide, call, x.double(), None if c is None else c.double(), cotangent)
     assert_three_way(got[0], plain[0], exact[0])
-    for g, p, e in zip(got[1], plain[1], exact[1], strict=True):
-        assert_three_way(g, p, e, slack)
+    assert_gradients(got[1], plain[1], exact[1])
 
 
 CALLS = [lambda m: m.log_prob, lambda m: m.forward, lambda m: m.inverse]
@@ -117,9 +115,7 @@ def test_trained_weights(blocks, activations, device):
         loss.backward()
         optimizer.step()
     assert model.log_prob(x).mean().item() > first + 1
-    # of gradients, the largest error of a few long sums is a matter of luck: over 20 seeds it was
-    # 0.1 to 4.5 times plain PyTorch's, 0.7 in the middle
-    check(model, lambda m: m.log_prob, 300, slack=8)
+    check(model, lambda m: m.log_prob, 300)
 
 
 @pytest.mark.parametrize("context", [0, 3])
@@ -547,33 +543,6 @@ def test_an_error_in_a_block_is_the_caller_s():
 
     with pytest.raises(ArithmeticError, match="block 0"):
         cut.deal(work)
-
-
-@pytest.mark.skipif(not _openmp(), reason="only OpenMP's threads have numbers of their own")
-@pytest.mark.parametrize("threads", [2, 3, 9])
-def test_threads_share_the_cores_out(threads):
-    """A thread that had more than its share would keep another from computing."""
-
-    def own(share):
-        torch.randn(300, 300) @ torch.randn(300, 300)  # what a thread asks for by itself
-        return torch.get_num_threads(), *re.findall(
-            r"(?:omp|mkl)_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info()
-        )
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        cut = Blocks(100, 10, 0, torch.device("cpu"))
-        assert set(itertools.chain(*cut.deal(own))) == {1, "1"}
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_keep_their_number():
-    before = torch.get_num_threads()
-    Blocks(100, 10, 0, torch.device("cpu")).deal(lambda share: None)
-    assert torch.get_num_threads() == before
 
 
 def test_default_dtype_and_device_do_not_matter(blocks, activations):
