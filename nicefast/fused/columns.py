@@ -12,10 +12,8 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from .chain import Chain
-from .products import linear_pointwise
 
-FEW = 16  # with fewer rows or columns, oneDNN's packing of a matrix costs more than it gains,
-MANY = 1 << 10  # and with fewer columns to sum over
+LINE = 16  # numbers in one of the cache
 
 
 class Hidden(NamedTuple):
@@ -37,7 +35,7 @@ class Block:
         self.chain, self.rows, self.keep = chain, rows, keep
         first, second = (f.size for f in chain.sides)
         between = 1 + chain.context
-        state = torch.empty(first + between + second, rows, device="cpu", dtype=torch.float32)
+        state = _columns(first + between + second, rows)
         state[first] = 1
         self.sides = (state[: first + between], state[first:])
         self.features = (state[:first], state[first + between :])
@@ -45,7 +43,7 @@ class Block:
         self._columns = [f.columns for f in chain.sides]
         self.given = [self.sides[side] for side in chain.conditions]
         if keep:
-            self.given = [torch.empty_like(side) for side in self.given]
+            self.given = [_columns(len(side), rows) for side in self.given]
         self.hidden = self._buffers()
 
     def take(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -76,13 +74,20 @@ class Block:
                 width = bias.shape[0]
                 key = (i, k) if self.keep else (k % 2, width)
                 if key not in made:
-                    h = torch.empty(width + 1, self.rows, device="cpu", dtype=torch.float32)
+                    h = _columns(width + 1, self.rows)
                     h[width] = 1
-                    before = torch.empty_like(h[:width]) if twice else None
+                    before = _columns(width, self.rows) if twice else None
                     made[key] = Hidden(h[:width], h, before)
                 own.append(made[key])
             found.append(own)
         return found
+
+
+def _columns(features: int, rows: int) -> Tensor:
+    """A buffer (features, rows), for every feature a whole and odd number of the cache's lines: as
+    far apart as a power of two, they would drive each other out of the cache."""
+    lines = -(-rows // LINE) | 1
+    return torch.empty(features, lines * LINE, device="cpu", dtype=torch.float32)[:, :rows]
 
 
 class Columns:
@@ -164,7 +169,7 @@ class Totals:
         self._flipped, self._weights = [], []
         for layers in chain.couplings:
             shapes = [(w.shape[0], w.shape[1] + (k == 0)) for k, (w, _) in enumerate(layers)]
-            flipped = [inputs < out or min(out, inputs) >= FEW for out, inputs in shapes]
+            flipped = [inputs < out for out, inputs in shapes]
             self._flipped.append(flipped)  # in x out
             self._weights.append(
                 [
@@ -183,12 +188,10 @@ class Totals:
         """The share of ``d`` (out, N), the gradient of ``W operand + b``, to layer ``k``'s."""
         total = self._weights[index][k]
         torch.sum(d, 1, out=self._bias[index][k])
-        if not self._flipped[index][k]:
-            total.addmm_(d, operand.t())
-        elif min(total.shape) >= FEW and d.shape[1] >= MANY and linear_pointwise is not None:
-            total.add_(linear_pointwise(operand, d, None, "none", [], ""))
-        else:
+        if self._flipped[index][k]:
             total.addmm_(operand, d.t())
+        else:
+            total.addmm_(d, operand.t())
 
     def end_block(self) -> None:
         """To be called after every block."""
