@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import likelihood, watchers
 from ..activations import ACTIVATIONS
-from ..blocks import alone
 from ..ops import check_log_scale
+from ..threads import alone
 from .chain import Chain
 from .flow import SamplingFlow
 from .onepiece import empty

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import likelihood, watchers
-from ..blocks import alone
 from ..ops import check_log_scale
+from ..threads import alone
 from .blockwise import go_alone
 from .casts import with_casts
 from .chain import Chain, put_together, take_apart

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..blocks import alone
 from ..ops import check_log_scale
+from ..threads import alone
 from .blockwise import cut
 from .chain import Chain
 from .flow import FusedFlow
