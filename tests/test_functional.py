@@ -60,6 +60,16 @@ def test_results_are_never_narrower_than_inputs(backend, device, x_type, other):
         assert t.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("features", [0, 1, 63, 64, 65, 128, 200, 5000])
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e30])
+def test_the_logistic_density_of_any_number_of_features(features, size):
+    """Also where each is as dense as can be, and where it is denser than numbers go."""
+    h = size * torch.randn(5, features)
+    got = F.scale_log_prob(h, torch.zeros(features))
+    want = R.scale_log_prob(h.double(), torch.zeros(features).double())
+    assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_inputs_are_left_alone(backend, device):
     x, shift = torch.randn(3, 4, device=device), torch.randn(3, 2, device=device)
     copies = x.clone(), shift.clone()
