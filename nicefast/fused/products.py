@@ -7,25 +7,17 @@ the boundary, and each coupling adds to one of them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import watchers
 from ..activations import ACTIVATIONS
 from .chain import Chain, Layers
+from .onednn import OneDNN, linear_pointwise
 from .sums import Sum
 
-linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build
-ONEDNN_FLOPS = 1 << 22  # below this, oneDNN's set-up costs more than its product saves,
-ONEDNN_ROWS = 1 << 10  # and with fewer rows, so does arranging the weights,
-ONEDNN_FLOPS_OF_FEW = 1 << 24  # up to this,
-ONEDNN_WEIGHT_OF_FEW = 1 << 18  # and always of weights with fewer numbers;
-ONEDNN_ROWS_OF_NARROW = 1 << 12  # of narrow flows always;
-ONEDNN_FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept of few rows, and back
 LARGE = 2.0**100  # of a bound: numbers below it are finite, however the bound was rounded
-TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
 
 
 class Kept(NamedTuple):
@@ -46,16 +38,15 @@ class Products:
     def __init__(
         self, chain: Chain, device: torch.device, inverse: bool, training: bool = False
     ) -> None:
-        self.chain, self.inverse, self.training = chain, inverse, training
-        self.steps, self.narrow = chain.steps(inverse), chain.narrow
+        self.chain, self.inverse = chain, inverse
+        self.steps = chain.steps(inverse)
         self.activation = ACTIVATIONS[chain.activation]
         self.dtype = torch.bfloat16 if chain.bfloat16 else torch.float32
-        self.onednn = device.type == "cpu" and linear_pointwise is not None
-        self.counted = watchers.has_modes()
+        self.onednn = OneDNN(chain, device, training)
         # a product that starts from its bias copies that to every row first; with operands in
         # bfloat16 the sum would be rounded twice, and who counts operators is to see few
         in_float32 = device.type == "cpu" and self.dtype == torch.float32
-        self.adds_after = in_float32 and not self.counted
+        self.adds_after = in_float32 and not self.onednn.counted
         self.relu = self.activation.apply_ is torch.relu_
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
@@ -111,8 +102,8 @@ class Products:
 
     def _shifted(self, x2: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``x2 + h W^T + b``; back, what is added has the opposite sign, to the last bit."""
-        fuses = self._fuses(weight, h)
-        at_once = fuses or self._sums_at_once(weight)
+        fuses = self.onednn.takes(weight, h.shape[0])
+        at_once = fuses or self.onednn.takes_sum(weight)
         if at_once and not self.inverse and x2.dtype == self.dtype:
             return linear_pointwise.binary(h, x2, weight, bias, "add")
         if fuses or x2.dtype != self.dtype:
@@ -132,7 +123,7 @@ class Products:
             for weight, bias in layers:
                 h, plus = self._activated(weight, bias, h, plus), None
             return h
-        bounded = self.relu and any(self._fuses(weight, h) for weight, _ in layers)
+        bounded = self.relu and any(self.onednn.takes(w, h.shape[0]) for w, _ in layers)
         size = _size(x1) if bounded and plus is None else None  # of the numbers in h, if known
         for weight, bias in layers:
             finite = False
@@ -146,40 +137,11 @@ class Products:
         kept.operands.append(h)
         return h
 
-    def _fuses(self, weight: Tensor, h: Tensor) -> bool:
-        """Whether oneDNN takes this product, with what follows it."""
-        rows = h.shape[0]  # len of a tensor is slow
-        if self.training:
-            few = ONEDNN_ROWS if self.dtype == torch.float32 else ONEDNN_ROWS // 2
-            least = ONEDNN_FLOPS if rows >= few else ONEDNN_FLOPS_OF_TRAINING
-        elif self.narrow and rows < ONEDNN_ROWS_OF_NARROW:
-            return False
-        elif rows >= ONEDNN_ROWS:
-            least = ONEDNN_FLOPS
-        elif weight.numel() >= ONEDNN_WEIGHT_OF_FEW:
-            least = ONEDNN_FLOPS_OF_FEW
-        else:
-            return False
-        return self.onednn and 2 * weight.numel() * rows >= least
-
-    def _sums_at_once(self, weight: Tensor) -> bool:
-        """Whether oneDNN takes a last product all the same, with the sum: with few rows that is
-        slower unless weights are large, but who counts operators is to see products alone."""
-        if not self.onednn or self.narrow or self.training:
-            return False
-        return self.counted or weight.numel() >= ONEDNN_WEIGHT_OF_FEW
-
-    def _fuses_back(self, weight: Tensor, d: Tensor) -> bool:
-        """Whether oneDNN takes the product that leads back through a layer."""
-        if self.dtype != torch.float32 or len(d) < TURNED_ROWS_PER_WIDTH * max(weight.shape):
-            return False
-        return self.onednn and 2 * weight.numel() * len(d) >= ONEDNN_FLOPS_OF_TRAINING
-
     def _linear(
         self, weight: Tensor, bias: Tensor, h: Tensor, plus: Tensor | None = None
     ) -> Tensor:
         """``h W^T + b``, with ``plus`` for the bias."""
-        if self._fuses(weight, h):
+        if self.onednn.takes(weight, h.shape[0]):
             if plus is None:
                 return linear_pointwise(h, weight, bias, "none", [], "")
             return linear_pointwise.binary(h, plus, weight, None, "add")
@@ -191,7 +153,7 @@ class Products:
         self, weight: Tensor, bias: Tensor, h: Tensor, plus: Tensor | None = None
     ) -> Tensor:
         if plus is None:
-            fuses = self._fuses(weight, h)
+            fuses = self.onednn.takes(weight, h.shape[0])
             if fuses and self.activation.fused is not None:
                 return linear_pointwise(h, weight, bias, *self.activation.fused)
             if self.relu and not (fuses or self.adds_after):  # one call, and cuBLAS's epilogue
@@ -215,7 +177,7 @@ class Products:
             return self._activated(weight, bias, h, plus)
         # a gradient through almost nothing is almost nothing, its square in an optimizer a denormal
         # number, and arithmetic with such takes several times as long: here, relu's zero is zero
-        fuses = plus is None and self._fuses(weight, h)
+        fuses = plus is None and self.onednn.takes(weight, h.shape[0])
         if fuses and finite:  # oneDNN's relu makes 0 of NaN
             return linear_pointwise(h, weight, bias, "relu", [], "")
         if plus is None and not (fuses or self.adds_after):
@@ -272,7 +234,7 @@ class Products:
         for k in range(len(layers) - 1, 0, -1):
             weight, h = layers[k][0], kept.operands[k]
             sums[k].add_product(d, h)
-            if self._fuses_back(weight, d):
+            if self.onednn.takes_back(weight, d.shape[0]):
                 d = linear_pointwise(d, weight.t(), None, "none", [], "")
             else:
                 d = torch.mm(d, weight)
@@ -285,7 +247,7 @@ class Products:
         weight = layers[0][0]
         if grad_y1 is None:
             return None
-        if self._fuses_back(weight, d):
+        if self.onednn.takes_back(weight, d.shape[0]):
             return linear_pointwise.binary(d, grad_y1, weight.t(), None, "add")
         _add_product(grad_y1, d, weight)
         return grad_y1

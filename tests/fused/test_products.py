@@ -5,6 +5,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import pathlib
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import nicefast as nf
 from helpers import Operators, assert_gradients, assert_three_way
 from nicefast.blocks import Blocks
-from nicefast.fused import blockwise, calls, handful, onepiece, products, sideways
+from nicefast.fused import blockwise, calls, handful, onednn, onepiece, products, sideways
 from nicefast.reference import ACTIVATIONS
 
 
@@ -42,6 +43,14 @@ def activations(request, monkeypatch):
     monkeypatch.setattr("nicefast.reading.REBUILD_WIDTH", 0 if request.param == "kept" else 10**6)
     if request.param == "rebuilt row by row":
         monkeypatch.setattr("nicefast.path._on_cpu", lambda *_: None)
+
+
+def onednn_takes(monkeypatch, least):
+    """Products of so many operations, whatever the rows and the processor."""
+    for name in (n for n in vars(onednn) if "FLOPS" in n):
+        monkeypatch.setattr(onednn, name, least)
+    for name in ("ROWS", "ROWS_OF_NARROW", "WEIGHT_OF_FEW", "TURNED_ROWS_PER_WIDTH"):
+        monkeypatch.setattr(onednn, name, 0)
 
 
 def make(features=7, device="cpu", **options):
@@ -121,13 +130,31 @@ def test_trained_weights(blocks, activations, device):
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_products_by_onednn(monkeypatch, activations, activation, context):
-    least = ("FLOPS", "ROWS", "ROWS_OF_NARROW", "FLOPS_OF_TRAINING")
-    for name in least:
-        monkeypatch.setattr(products, f"ONEDNN_{name}", 0)
-    monkeypatch.setattr(products, "TURNED_ROWS_PER_WIDTH", 0)
+    onednn_takes(monkeypatch, 0)
     model = make(40, hidden=(150, 100), activation=activation, context=context, partition="half")
     for call in CALLS:
         check(model, call, 300)
+
+
+@pytest.mark.parametrize("amd", [False, True])
+def test_products_of_training_are_onednn_s_sooner_where_mkl_is_not_at_home(monkeypatch, amd):
+    monkeypatch.setattr(onednn, "is_amd", lambda: amd)
+    model, x = make(80, hidden=(500, 500), partition="half"), torch.randn(100, 80)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        model.log_prob(x).sum().backward()
+    names = [e.name for e in seen.events()]
+    fused = names.count("mkldnn::_linear_pointwise") + names.count(
+        "mkldnn::_linear_pointwise.binary"
+    )
+    assert (fused > 0) == (amd and onednn.linear_pointwise is not None)
+    check(model, CALLS[0], 100)
+
+
+def test_amd_s_processors_are_known():
+    path = pathlib.Path("/proc/cpuinfo")
+    if not path.exists() or not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("neither the system nor PyTorch says which processor this is")
+    assert onednn.is_amd() == ("AuthenticAMD" in path.read_text())
 
 
 @pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
@@ -135,10 +162,7 @@ def test_products_by_onednn(monkeypatch, activations, activation, context):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_are_never_lost(monkeypatch, activation, hidden, least):
     """A NaN in a conditioning feature reaches every shifted one, through every activation."""
-    monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
-    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
-    monkeypatch.setattr(products, "ONEDNN_ROWS_OF_NARROW", 0)
-    monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", least)
+    onednn_takes(monkeypatch, least)
     model = make(6, hidden=hidden, activation=activation, partition="half", couplings=1)
     x = torch.randn(20, 6)
     x[3, 1] = torch.nan
@@ -158,9 +182,7 @@ def test_nan_is_never_lost_on_the_way_to_a_gradient(monkeypatch, activations, le
     """NaN of log_prob and of every gradient are where PyTorch alone has them."""
     if poison == "overflow" and dtype == torch.bfloat16:
         pytest.skip("instructions for bfloat16 may make -inf of inf - inf")
-    for name in ("FLOPS", "FLOPS_OF_TRAINING"):
-        monkeypatch.setattr(products, f"ONEDNN_{name}", least)
-    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    onednn_takes(monkeypatch, least)
     model = make(6, hidden=(32, 40), partition="half", couplings=2)
     x = torch.randn(20, 6)
     first = model.couplings[0].conditioner.linears[0]
@@ -238,9 +260,7 @@ def test_the_default_dtype_is_no_matter(partition):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_too_large_for_relu_in_the_product(monkeypatch, dtype):
     """Then its zeros are PyTorch's, and so is the rest."""
-    monkeypatch.setattr(products, "ONEDNN_FLOPS", 0)
-    monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", 0)
-    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
+    onednn_takes(monkeypatch, 0)
     model = make(6, hidden=(160, 150), partition="half", couplings=2)
     x = torch.randn(20, 6)
     x[7, 2] = 2 * products.LARGE
@@ -256,10 +276,7 @@ def test_numbers_too_large_for_relu_in_the_product(monkeypatch, dtype):
 @pytest.mark.parametrize("least", [0, 1 << 62], ids=["oneDNN", "no oneDNN"])
 def test_the_gradient_is_made_of_relu_s_own_zeros(monkeypatch, least):
     """What stands for them elsewhere would make denormal numbers of an optimizer's squares."""
-    monkeypatch.setattr(products, "ONEDNN_FLOPS", least)
-    monkeypatch.setattr(products, "ONEDNN_ROWS", 0)
-    monkeypatch.setattr(products, "ONEDNN_ROWS_OF_NARROW", 0)
-    monkeypatch.setattr(products, "ONEDNN_FLOPS_OF_TRAINING", least)
+    onednn_takes(monkeypatch, least)
     model = make(40, hidden=(150, 150), couplings=2)
     x = torch.randn(300, 40)
     chain = nf.choose_path(model, x).chain
