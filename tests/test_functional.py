@@ -60,7 +60,7 @@ def test_results_are_never_narrower_than_inputs(backend, device, x_type, other):
         assert t.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("features", [0, 1, 63, 64, 65, 128, 200, 5000])
+@pytest.mark.parametrize("features", [1, 63, 64, 65, 128, 200, 5000])
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e30])
 def test_the_logistic_density_of_any_number_of_features(features, size):
     """Also where each is as dense as can be, and where it is denser than numbers go."""
