@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -43,3 +46,11 @@ def usable_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None
+
+
+@cache
+def is_amd() -> bool:
+    """Whether the processor has the instructions that AMD's alone have: Intel's MKL multiplies
+    matrices there with less skill. Not every PyTorch knows; then it is taken for another's."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("sse4a"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import likelihood, watchers
+from .. import devices, likelihood, watchers
 from ..activations import ACTIVATIONS
 from ..ops import check_log_scale
 from ..threads import alone
@@ -21,7 +21,9 @@ from .onepiece import empty
 
 ROWS = 48  # with more, a large weight takes no longer to turn than to multiply,
 NUMBERS = 1 << 16  # and with more numbers in an activation, nor does a small one
-PAIR = (2, 3)  # so few columns of a matrix are slower than rows; a single one is not
+SLOW = (2, 3)  # so few columns of a matrix are slower than rows; a single one is not
+AMD_NUMBERS = 1 << 14  # the same on processors that MKL is not made for
+AMD_SLOW = range(2, 16)
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class FewFlow(SamplingFlow):
     @staticmethod
     def serves(chain: Chain, rows: int, recorded: bool) -> bool:
         """Whether so many rows are best so; ``recorded``: for a gradient."""
-        most = max(ROWS, NUMBERS // chain.width)
-        if recorded or chain.bfloat16 or rows > most or rows in PAIR:
+        amd = devices.is_amd()
+        most = max(ROWS, (AMD_NUMBERS if amd else NUMBERS) // chain.width)
+        if recorded or chain.bfloat16 or rows > most or rows in (AMD_SLOW if amd else SLOW):
             return False
         return not watchers.has_modes()  # a mode is to see products and little else
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import watchers
+from .. import devices, watchers
 from .chain import Chain
 
 linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build
@@ -19,7 +18,7 @@ WEIGHT_OF_FEW = 1 << 18  # and always of weights with fewer numbers;
 ROWS_OF_NARROW = 1 << 12  # of narrow flows always;
 FLOPS_OF_TRAINING = 1 << 30  # more so where activations are kept of few rows, and back;
 TURNED_ROWS_PER_WIDTH = 2  # with fewer rows, arranging weights that lie the other way costs more
-# on processors that MKL is not made for, of few rows and small weights,
+# on processors that MKL is not made for, of few rows any with a large weight, others from here on,
 AMD_FLOPS_OF_FEW = 1 << 25
 AMD_FLOPS_OF_TRAINING = 1 << 24  # and in training
 
@@ -30,7 +29,7 @@ class OneDNN:
     def __init__(self, chain: Chain, device: torch.device, training: bool) -> None:
         self.training, self.narrow, self.bfloat16 = training, chain.narrow, chain.bfloat16
         self.there = device.type == "cpu" and linear_pointwise is not None
-        self.amd = self.there and is_amd()
+        self.amd = self.there and devices.is_amd()
         self.least_of_training = AMD_FLOPS_OF_TRAINING if self.amd else FLOPS_OF_TRAINING
         self.counted = watchers.has_modes()
 
@@ -44,7 +43,7 @@ class OneDNN:
         elif rows >= ROWS:
             least = FLOPS
         elif weight.numel() >= WEIGHT_OF_FEW:
-            least = FLOPS_OF_FEW
+            least = 0 if self.amd else FLOPS_OF_FEW
         elif self.amd:
             least = AMD_FLOPS_OF_FEW
         else:
@@ -65,10 +64,3 @@ class OneDNN:
         if not self.amd and rows < TURNED_ROWS_PER_WIDTH * max(weight.shape):
             return False
         return 2 * weight.numel() * rows >= self.least_of_training
-
-
-@cache
-def is_amd() -> bool:
-    """Whether the processor has the instructions that AMD's alone have. Not every PyTorch knows."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("sse4a"))

@@ -8,8 +8,9 @@ import torch
 
 import nicefast as nf
 from helpers import Operators, assert_three_way, make, strided
+from nicefast import devices
 from nicefast.fused import handful
-from nicefast.fused.few import NUMBERS, PAIR, ROWS, FewFlow
+from nicefast.fused.few import AMD_NUMBERS, AMD_SLOW, NUMBERS, ROWS, SLOW, FewFlow
 from nicefast.fused.onepiece import OnePiece
 
 OPTIONS = [
@@ -21,6 +22,11 @@ OPTIONS = [
     {"hidden": (24,), "activation": "leaky_relu"},
     {"hidden": (600, 24), "context": 1},
 ]
+
+
+@pytest.fixture(autouse=True)
+def on_any_processor(monkeypatch):
+    monkeypatch.setattr(devices, "is_amd", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -109,13 +115,16 @@ def kind_of(model, rows, **options):
     return type(nf.choose_path(model, torch.zeros(rows, 6, **options)).fused)
 
 
-def test_who_is_served():
-    for width, most in ((64, NUMBERS // 64), (NUMBERS // ROWS + 99, ROWS)):
+@pytest.mark.parametrize("amd", [False, True])
+def test_who_is_served(monkeypatch, amd):
+    monkeypatch.setattr(devices, "is_amd", lambda: amd)
+    numbers, slow = (AMD_NUMBERS, AMD_SLOW) if amd else (NUMBERS, SLOW)
+    for width, most in ((64, numbers // 64), (numbers // ROWS + 99, ROWS)):
         model = make(6, hidden=(width,))
         with torch.no_grad():
             assert kind_of(model, most) is FewFlow
             assert kind_of(model, most + 1) is not FewFlow
-            assert all(kind_of(model, pair) is OnePiece for pair in PAIR)
+            assert all(kind_of(model, rows) is OnePiece for rows in slow)
         assert kind_of(model, 1) is OnePiece  # its gradient may come
     model.requires_grad_(False)
     assert kind_of(model, 1) is FewFlow
