@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import likelihood, watchers
+from .. import devices, likelihood, watchers
 from ..ops import check_log_scale
 from ..threads import alone
 from .blockwise import go_alone
@@ -26,6 +26,7 @@ from .sums import Gradients
 
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks
 AT_ONCE_ELEMENTS = 1 << 22  # the same where nothing is recorded and blocks lie on their side,
+AMD_AT_ONCE_ELEMENTS = 1 << 23  # on processors with larger caches,
 BFLOAT16_ELEMENTS = 1 << 22  # and of one activation in bfloat16: few calls gain more than blocks do
 
 
@@ -57,9 +58,10 @@ class OnePiece(DifferentiableFlow):
             return rows * chain.width <= BFLOAT16_ELEMENTS
         if not chain.rebuild and go_alone(chain, rows):
             return True
-        return rows * chain.kept <= (
-            AT_ONCE_ELEMENTS if chain.sideways(recorded) else KEPT_ELEMENTS
-        )
+        most = KEPT_ELEMENTS
+        if chain.sideways(recorded):
+            most = AMD_AT_ONCE_ELEMENTS if devices.is_amd() else AT_ONCE_ELEMENTS
+        return rows * chain.kept <= most
 
     def pieces(self, rows: int) -> str:
         return f"{rows} rows in one piece"

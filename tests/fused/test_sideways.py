@@ -7,6 +7,7 @@ import torch
 
 import nicefast as nf
 from helpers import assert_gradients, assert_three_way, make, strided
+from nicefast import devices
 from nicefast.blocks import Blocks
 from nicefast.fused import calls, handful, onepiece, sideways
 from nicefast.fused.chain import NARROW, RECORDED, SIDEWAYS
@@ -14,6 +15,7 @@ from nicefast.fused.chain import NARROW, RECORDED, SIDEWAYS
 
 @pytest.fixture(autouse=True)
 def batches_of_tests_are_large(monkeypatch):
+    monkeypatch.setattr(devices, "is_amd", lambda: False)
     monkeypatch.setattr(onepiece, "KEPT_ELEMENTS", 1 << 21)
     monkeypatch.setattr(handful.Handful, "serves", staticmethod(lambda *_: False))
 
