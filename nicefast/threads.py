@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,14 +46,14 @@ def count() -> int:
 
 def share_out(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
     """``work(share)`` for each share, without gradients or autocast, each in one thread; results in
-    the order of shares. What goes wrong is raised when all have ended."""
+    the order of shares. What goes wrong is raised when all have ended, the first share's first."""
     waiting = deque(enumerate(shares))
     results: dict[int, T] = {}
-    errors: list[BaseException] = []
+    errors: dict[int, BaseException] = {}
     caller, inference = threading.get_ident(), torch.is_inference_mode_enabled()
 
     def take_part() -> None:
-        is_caller = threading.get_ident() == caller
+        i, is_caller = -1, threading.get_ident() == caller
         _here.is_worker = True
         try:
             with alone(_cpu) if is_caller else _as_caller(inference):
@@ -64,7 +64,7 @@ def share_out(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
                         break
                     results[i] = work(share)
         except BaseException as error:  # to be raised by the caller
-            errors.append(error)
+            errors[i] = error
         finally:
             _here.is_worker = False
 
@@ -77,7 +77,7 @@ def share_out(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
         for future in [pool.submit(take_part) for _ in shares]:
             future.result()
     if errors:
-        raise errors[0]
+        raise errors[min(errors)]
     return [results[i] for i in range(len(shares))]
 
 
@@ -121,24 +121,27 @@ def _openmp() -> bool:
 
 @cache
 def _library() -> Any:
-    """PyTorch's, which finds functions of the OpenMP that it has loaded, too; None where there is
-    no such file."""
-    try:
-        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    except OSError:
-        return None
+    """The OpenMP that PyTorch has loaded, found as the linker found it for PyTorch's own library:
+    among what everybody sees, then among what that library brings along. None without one that goes
+    by the names compilers use."""
+    for name in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        with suppress(OSError, TypeError):  # no such file; Windows has no None
+            library = ctypes.CDLL(name)
+            if hasattr(library, "GOMP_parallel"):
+                return library
+    return None
 
 
 @cache
 def _parallel() -> Any:
-    """What has every thread of OpenMP's team call a function; None where there is nothing that
-    goes by the name compilers know it by."""
-    found = getattr(_library(), "GOMP_parallel", None)
-    if found is not None:
-        # a task, its argument, how many threads, and flags
-        found.argtypes = [_Task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        found.restype = None
-    return found
+    """What has every thread of OpenMP's team call a function."""
+    if _library() is None:
+        return None
+    parallel = _library().GOMP_parallel
+    # a task, its argument, how many threads, and flags
+    parallel.argtypes = [_Task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
 
 
 @cache

@@ -110,6 +110,15 @@ def test_an_error_is_the_caller_s_when_all_have_ended(two_or_more, error, capfd)
     with pytest.raises(error, match="share 0"):
         threads.share_out(work, range(4))
     assert sorted(done) == [1, 2, 3]
+    begun = threading.Barrier(two_or_more)
+
+    def all_fail(share):
+        begun.wait(60)
+        time.sleep(0.01 * (two_or_more - share))
+        raise error(f"share {share}")
+
+    with pytest.raises(error, match="share 0"):
+        threads.share_out(all_fail, range(two_or_more))
     assert threads.share_out(lambda s: s, range(4)) == [0, 1, 2, 3]
     assert capfd.readouterr().err == ""
 
