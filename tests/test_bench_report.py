@@ -337,12 +337,16 @@ def test_the_readme_s_table_is_made_of_the_committed_measurements():
     root = Path(__file__).parents[1]
     found = sorted((root / "bench" / "results").glob("*/default.jsonl"))
     assert found
-    readme = (root / "README.md").read_text().splitlines()
+    readme = set((root / "README.md").read_text().splitlines())
+    tables = (report.headline, report.without_compile, report.across)
+    complete = []
     for path in found:
-        for make in (report.headline, report.without_compile, report.across):
-            table = list(make(records.read([path])))
-            assert len(table) > 2
-            assert set(table) <= set(readme)
+        measured = records.read([path])
+        head, *more = (list(m(measured)) for m in tables)
+        assert len(head) > 2
+        assert set(head) <= readme
+        complete.append(all(set(table) <= readme for table in more))
+    assert any(complete)  # of one machine, what else its report begins with, too
 
 
 def test_bfloat16_beside_the_others_in_float32():
