@@ -51,6 +51,10 @@ def usable_device(name: str | torch.device) -> torch.device:
 @cache
 def is_amd() -> bool:
     """Whether the processor has the instructions that AMD's alone have: Intel's MKL multiplies
-    matrices there with less skill. Not every PyTorch knows; then it is taken for another's."""
+    matrices there with less skill. Not every PyTorch knows; then it is taken for another's.
+
+    >>> is_amd() in (True, False)
+    True
+    """
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("sse4a"))

@@ -47,6 +47,7 @@ def count() -> int:
 def share_out(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
     """``work(share)`` for each share, without gradients or autocast, each in one thread; results in
     the order of shares. What goes wrong is raised when all have ended, the first share's first."""
+    _settle_allocator()
     waiting = deque(enumerate(shares))
     results: dict[int, T] = {}
     errors: dict[int, BaseException] = {}
@@ -70,9 +71,9 @@ def share_out(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
 
     threads = torch.get_num_threads()
     parallel = _parallel() if threads <= MOST and os.getpid() == _process else None
-    if parallel is not None:
-        parallel(_Task(lambda _: take_part()), None, 0, 0)  # all of PyTorch's: a smaller team
-    else:  # would end the others' threads
+    if parallel is not None:  # in all of PyTorch's threads: a smaller team would end the others
+        parallel(_Task(lambda _: take_part()), None, 0, 0)
+    else:
         pool = _pool(os.getpid(), threads)
         for future in [pool.submit(take_part) for _ in shares]:
             future.result()

@@ -37,6 +37,12 @@ def test_every_share_once_and_in_order(two_or_more, count):
     assert sorted(done) == sorted([*range(count)] * 20)
 
 
+def test_the_allocator_keeps_blocks_whoever_computes():
+    threads._settle_allocator.cache_clear()
+    threads.share_out(lambda s: s, range(2))
+    assert threads._settle_allocator.cache_info().currsize == 1
+
+
 def test_shares_are_computed_at_once(two_or_more):
     """Each waits for the others to begin."""
     begun = threading.Barrier(two_or_more)

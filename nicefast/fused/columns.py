@@ -35,7 +35,7 @@ class Block:
         self.chain, self.rows, self.keep = chain, rows, keep
         first, second = (f.size for f in chain.sides)
         between = 1 + chain.context
-        state = _columns(first + between + second, rows)
+        state = _empty(first + between + second, rows)
         state[first] = 1
         self.sides = (state[: first + between], state[first:])
         self.features = (state[:first], state[first + between :])
@@ -43,7 +43,7 @@ class Block:
         self._columns = [f.columns for f in chain.sides]
         self.given = [self.sides[side] for side in chain.conditions]
         if keep:
-            self.given = [_columns(len(side), rows) for side in self.given]
+            self.given = [_empty(len(side), rows) for side in self.given]
         self.hidden = self._buffers()
 
     def take(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -74,16 +74,16 @@ class Block:
                 width = bias.shape[0]
                 key = (i, k) if self.keep else (k % 2, width)
                 if key not in made:
-                    h = _columns(width + 1, self.rows)
+                    h = _empty(width + 1, self.rows)
                     h[width] = 1
-                    before = _columns(width, self.rows) if twice else None
+                    before = _empty(width, self.rows) if twice else None
                     made[key] = Hidden(h[:width], h, before)
                 own.append(made[key])
             found.append(own)
         return found
 
 
-def _columns(features: int, rows: int) -> Tensor:
+def _empty(features: int, rows: int) -> Tensor:
     """A buffer (features, rows), for every feature a whole and odd number of the cache's lines: as
     far apart as a power of two, they would drive each other out of the cache."""
     lines = -(-rows // LINE) | 1

@@ -30,7 +30,8 @@ class OneDNN:
         self.training, self.narrow, self.bfloat16 = training, chain.narrow, chain.bfloat16
         self.there = device.type == "cpu" and linear_pointwise is not None
         self.amd = self.there and devices.is_amd()
-        self.least_of_training = AMD_FLOPS_OF_TRAINING if self.amd else FLOPS_OF_TRAINING
+        sooner = self.amd and not self.bfloat16  # products in bfloat16 are oneDNN's anyhow
+        self.least_of_training = AMD_FLOPS_OF_TRAINING if sooner else FLOPS_OF_TRAINING
         self.counted = watchers.has_modes()
 
     def takes(self, weight: Tensor, rows: int) -> bool:

@@ -26,7 +26,7 @@ from .sums import Gradients
 
 KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or go in blocks
 AT_ONCE_ELEMENTS = 1 << 22  # the same where nothing is recorded and blocks lie on their side,
-AMD_AT_ONCE_ELEMENTS = 1 << 23  # on processors with larger caches,
+AMD_AT_ONCE_ELEMENTS = 1 << 23  # on AMD's processors, whose caches are larger,
 BFLOAT16_ELEMENTS = 1 << 22  # and of one activation in bfloat16: few calls gain more than blocks do
 
 
