@@ -28,6 +28,7 @@ KEPT_ELEMENTS = 1 << 24  # of all activations of a batch: more are rebuilt, or g
 AT_ONCE_ELEMENTS = 1 << 22  # the same where nothing is recorded and blocks lie on their side,
 AMD_AT_ONCE_ELEMENTS = 1 << 23  # on AMD's processors, whose caches are larger,
 BFLOAT16_ELEMENTS = 1 << 22  # and of one activation in bfloat16: few calls gain more than blocks do
+SEEN_ELEMENTS = 1 << 26  # the same where a mode looks at operators, of which blocks take many more
 
 
 @dataclass
@@ -54,6 +55,8 @@ class OnePiece(DifferentiableFlow):
         if recorded:
             blocks = chain.rebuild or (chain.sideways(recorded) and not go_alone(chain, rows))
             return not blocks or rows * chain.kept <= KEPT_ELEMENTS
+        if watchers.has_modes():
+            return rows * chain.width <= SEEN_ELEMENTS
         if chain.bfloat16:
             return rows * chain.width <= BFLOAT16_ELEMENTS
         if not chain.rebuild and go_alone(chain, rows):

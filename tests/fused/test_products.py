@@ -401,6 +401,20 @@ def test_a_wide_log_prob_is_products_and_three_kernels(partition, rows, features
     assert len(uncounted.computing()) < (4 if rows <= 64 else 2) * 4 * 6, uncounted.computing()
 
 
+@pytest.mark.parametrize("partition", ["half", "alternating"])
+@pytest.mark.parametrize(("rows", "width"), [(20_000, 200), (10_000, 600)])
+def test_many_rows_are_as_few_operators(partition, rows, width):
+    """Where nobody looks they go in blocks."""
+    model = nf.NICE(6, hidden=(width,) * 5, couplings=4, partition=partition)
+    x = torch.randn(rows, 6)
+    with torch.no_grad():
+        with Operators() as operators:
+            found = model.log_prob(x)
+        torch.testing.assert_close(found, model.log_prob(x))
+    assert len(operators.products()) == 4 * 6
+    assert len(operators.computing()) <= 4 * 6 + 3
+
+
 def test_a_rebuilding_step_takes_at_most_a_third_more_products(monkeypatch):
     monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
     model = nf.NICE(8, hidden=(32, 32, 32), couplings=4)
