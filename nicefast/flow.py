@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,17 @@ from torch.distributions import Distribution
 
 from . import functional as F  # noqa: N812
 from . import priors, reversible
-from .checks import check_choice, check_context, check_count, check_events, check_type
+from .architecture import architecture
+from .checks import check_choice, check_context, check_count, check_events
 from .distributions import FlowDistribution, FlowTransform
 from .explanation import explanation
 from .fused import calls
 from .graphs import METHODS, GraphedFlow
 from .grid import check_grid, check_range, round_to_grid
 from .layers import MLP, AdditiveCoupling, Scaling, is_plain_scaling
-from .partition import Partition, partition_chain
+from .partition import Partition
 from .path import Path, choose_path
-from .reference import at_least_float32, check_prior
+from .reference import at_least_float32
 
 
 class NICE(nn.Module):
@@ -86,15 +87,11 @@ class NICE(nn.Module):
         grid: float | None = None,
     ) -> None:
         super().__init__()
-        self.event_shape = _event_shape(features)
+        plan = architecture(features, hidden, couplings, prior, partition)
+        self.event_shape, partitions, widths, configuration = plan
         self.features = math.prod(self.event_shape)
         self.context = context
-        self.prior_name = check_prior(prior)
-        check_count("couplings", couplings, 1)
-        kinds = (str, Partition, Iterable)
-        check_type("partition", partition, kinds, "a name, a Partition or one for each coupling")
-        partitions = partition_chain(partition, self.event_shape, couplings)
-        widths = _hidden(hidden, couplings)
+        self.prior_name = prior
         self.couplings = nn.ModuleList(
             AdditiveCoupling(
                 p, MLP(len(p.conditioning), own, len(p.shifted), activation, context, dropout)
@@ -107,16 +104,7 @@ class NICE(nn.Module):
             nn.init.zeros_(last.bias)
         self.scaling = Scaling(self.features)
         #: what __init__ was called with, as plain values: what a saved file rebuilds the flow from
-        self.configuration: dict[str, Any] = {
-            "features": list(self.event_shape),
-            "hidden": list(widths[0])
-            if all(own == widths[0] for own in widths)
-            else [list(own) for own in widths],
-            "couplings": couplings,
-            "prior": prior,
-            "partition": partition
-            if isinstance(partition, str)
-            else [p.mask.int().tolist() for p in partitions],
+        self.configuration = configuration | {
             "activation": activation,
             "context": context,
             "dropout": float(dropout),
@@ -534,33 +522,3 @@ def _repeat(context: Tensor | None, n: int, start: int, stop: int) -> Tensor | N
     if context is None:
         return None
     return context[torch.arange(start, stop, device=context.device) // max(n, 1)]
-
-
-def _hidden(
-    hidden: int | Sequence[int] | Sequence[Sequence[int]], couplings: int
-) -> list[tuple[int, ...]]:
-    """Each coupling's own hidden widths."""
-    if isinstance(hidden, int):
-        return [(hidden,)] * couplings
-    check_type("hidden", hidden, Iterable, "widths")
-    given = list(hidden)
-    if not any(isinstance(width, Sequence) for width in given):
-        return [tuple(cast("list[int]", given))] * couplings
-    if len(given) != couplings or not all(isinstance(own, Sequence) for own in given):
-        raise ValueError(
-            f"hidden must be widths, or one sequence of widths for each of {couplings} couplings, "
-            f"got {hidden!r}"
-        )
-    return [tuple(own) for own in cast("list[Sequence[int]]", given)]
-
-
-def _event_shape(features: int | Sequence[int]) -> torch.Size:
-    check_type("features", features, (int, Iterable), "an integer or an event shape")
-    shape = (features,) if isinstance(features, int) else tuple(features)
-    if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in shape):
-        raise ValueError(
-            f"features must be an integer or an event shape of integers >= 1, got {features!r}"
-        )
-    if math.prod(shape) < 2:
-        raise ValueError(f"features must be at least 2 in all, got {features!r}")
-    return torch.Size(shape)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-NAMES = ("half", "alternating", "checkerboard", "random")
 
 
 class Features(NamedTuple):
@@ -214,60 +210,6 @@ class Partition:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Partition:
         return self  # immutable, and the maps on the device may as well be shared
-
-
-def partition_chain(
-    partition: str | Partition | Sequence[Partition], event_shape: Sequence[int], couplings: int
-) -> list[Partition]:
-    """One partition for each coupling: from a name or a Partition p, then p, ~p, p, ... in turn.
-
-    Raises TypeError or ValueError, naming ``partition``, for anything else that does not fit.
-
-    >>> from nicefast.partition import partition_chain
-    >>> partition_chain("half", (4,), 3)
-    [Partition.half(4), ~Partition.half(4), Partition.half(4)]
-    """
-    d = math.prod(event_shape)
-    if isinstance(partition, str):
-        partition = _named_partition(partition, event_shape, d)
-    if isinstance(partition, Partition):
-        partitions = [~partition if i % 2 else partition for i in range(couplings)]
-    else:
-        partitions = list(partition)
-        if not all(isinstance(p, Partition) for p in partitions):
-            raise TypeError(
-                "partition must be a name, a Partition or one Partition for each coupling, "
-                f"got {[type(p).__name__ for p in partitions]}"
-            )
-        if len(partitions) != couplings:
-            raise ValueError(
-                f"partition must have one Partition for each of {couplings} couplings, "
-                f"got {len(partitions)}"
-            )
-    for p in partitions:
-        if p.features != d:
-            raise ValueError(
-                f"partition must split {d} features, as the flow has, got {p.features} ({p})"
-            )
-    return partitions
-
-
-def _named_partition(name: str, event_shape: Sequence[int], d: int) -> Partition:
-    if name == "half":
-        return Partition.half(d)
-    if name == "alternating":
-        return Partition.alternating(d)
-    if name == "random":
-        return Partition.random(d, seed=0)
-    if name == "checkerboard":
-        if len(event_shape) not in (2, 3):
-            raise ValueError(
-                "partition 'checkerboard' needs an event shape (H, W) or (C, H, W) as features, "
-                f"got {tuple(event_shape)}"
-            )
-        channels = event_shape[0] if len(event_shape) == 3 else 1
-        return Partition.checkerboard(event_shape[-2], event_shape[-1], channels=channels)
-    raise ValueError(f"partition must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 def _locate(bits: bytes, device: torch.device, side: int) -> Features:

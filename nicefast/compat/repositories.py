@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..architecture import partition_chain
 from ..flow import NICE
-from ..partition import Partition, partition_chain
+from ..partition import Partition
 from ..reference import check_prior
 from .convert import assemble
 from .steps import Affine, Base, Coupling, Step, inverted
