@@ -23,7 +23,7 @@ from .dequantise import dequantise_fwd
 from .flow import flow_fwd, flow_inv, flow_sample
 from .flow_tile import FlowShape, FlowTile, flow_tile
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
-from .packing import pack
+from .packing import lay_out, pack
 from .sampling import sample_bwd, sample_fwd
 from .sides import add_, enter, leave
 
@@ -43,6 +43,7 @@ __all__ = [
     "flow_inv",
     "flow_sample",
     "flow_tile",
+    "lay_out",
     "leave",
     "pack",
     "sample_bwd",

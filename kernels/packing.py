@@ -13,6 +13,10 @@ Weights are [out, in] as in ``nn.Linear``: the inner dimension of a product is c
 TF32 wants it. Every activation maps 0 to 0, so padded hidden units stay 0.
 """
 
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,36 +26,65 @@ from .flow_tile import FlowShape, FlowTile
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-def pack(
-    shape: FlowShape,
-    conditioning: Tensors,
-    shifted: Tensors,
-    weights: list[Tensors] | tuple[Tensors, ...],
-    biases: list[Tensors] | tuple[Tensors, ...],
-    tile: FlowTile,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(w_in, w_mid, w_out, bias, sides)`` on the weights' device.
+class Layout(NamedTuple):
+    """Where every packed number comes from: its place among 0 and all parameters, one after the
+    other. It is made once; what changes with the parameters takes few launches."""
 
-    ``conditioning[l]``, ``shifted[l]``: indices of features; ``weights[l][i]`` [out, in] and
-    ``biases[l][i]`` [out] as in ``nn.Linear``, the context's columns of ``weights[l][0]`` last.
-    """
-    dp, hp, products = tile.features, tile.hidden, tile.products
-    device = weights[0][0].device
+    none: Tensor  # that 0
+    source: Tensor  # int64, of w_in, w_mid, w_out and bias, one after the other
+    shapes: tuple[tuple[int, ...], ...]  # of these, without parts
+    products: str
+    sides: Tensor
+
+
+def lay_out(shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: FlowTile) -> Layout:
+    """The layout on the device of ``conditioning[l]`` and ``shifted[l]``, indices of features."""
+    dp, hp = tile.features, tile.hidden
+    device, start = conditioning[0].device, 1
     context = torch.arange(shape.features, shape.features + shape.context, device=device)
     w_in, w_mid, w_out, bias, sides = [], [], [], [], []
-    for i_x, i_y, ws, bs in zip(conditioning, shifted, weights, biases, strict=True):
-        features, others = torch.cat((i_x.to(device), context)), i_y.to(device)
-        first, *middle, last = (w.detach().float() for w in ws)
-        w_in.append(_split(_place(_pad(first, hp, first.shape[1]), 1, features, dp), products))
-        w_mid += [_split(_pad(w, hp, hp), products) for w in middle]
-        w_out.append(_split(_place(_pad(last, last.shape[0], hp), 0, others, dp), products))
-        *hidden, out = (b.detach().float() for b in bs)
-        padded = [pad(b, (0, hp - b.shape[0])) for b in hidden]
-        bias.append(-torch.cat([*padded, _place(out, 0, others, dp)]))
+
+    def places(*of: int) -> Tensor:
+        nonlocal start
+        start += prod(of)
+        return torch.arange(start - prod(of), start, device=device).view(of)
+
+    for i_x, others in zip(conditioning, shifted, strict=True):
+        features = torch.cat((i_x, context))
+        widths = [len(features), *shape.hidden, len(others)]
+        first, *middle, last = [(places(m, n), places(m)) for n, m in pairwise(widths)]
+        w_in.append(_place(_pad(first[0], hp, len(features)), 1, features, dp))
+        w_mid += [_pad(w, hp, hp) for w, _ in middle]
+        w_out.append(_place(_pad(last[0], len(others), hp), 0, others, dp))
+        hidden = [pad(b, (0, hp - len(b))) for _, b in (first, *middle)]
+        bias.append(torch.cat([*hidden, _place(last[1], 0, others, dp)]))
         side = torch.zeros(dp, dtype=torch.int32, device=device)
         sides.append(side.index_fill(0, features, 1).index_fill(0, others, 2))
-    mid = torch.stack(w_mid) if w_mid else w_in[0].new_empty(0)
-    return torch.stack(w_in), mid, torch.stack(w_out), torch.stack(bias), torch.stack(sides)
+    mid = torch.stack(w_mid) if w_mid else w_in[0].new_empty(0, hp, hp)
+    found = (torch.stack(w_in), mid, torch.stack(w_out), torch.stack(bias))
+    source = torch.cat([t.flatten() for t in found])
+    none, shapes = (
+        torch.zeros(1, device=device, dtype=torch.float32),
+        tuple(tuple(t.shape) for t in found),
+    )
+    return Layout(none, source, shapes, tile.products, torch.stack(sides))
+
+
+def pack(layout: Layout, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(w_in, w_mid, w_out, bias, sides)`` on the parameters' device.
+
+    ``parameters``: weight [out, in] and bias [out] of each layer of each coupling, as in
+    ``nn.Linear``, the context's columns of each coupling's first weight last.
+    """
+    flat = torch.cat([layout.none, *(p.detach().float().flatten() for p in parameters)])
+    *sizes, biases = map(prod, layout.shapes)
+    weights, bias = flat.index_select(0, layout.source).split([sum(sizes), biases])
+    parts = [part.split(sizes) for part in _parts(weights, layout.products)]
+    w_in, w_mid, w_out = (
+        _side_by_side([own.view(shape) for own in part])
+        for part, shape in zip(zip(*parts, strict=True), layout.shapes, strict=False)
+    )
+    return w_in, w_mid, w_out, -bias.view(layout.shapes[-1]), layout.sides
 
 
 def _pad(w: Tensor, rows: int, columns: int) -> Tensor:
@@ -65,19 +98,23 @@ def _place(w: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     return w.new_zeros(full).index_copy(dim, index, w)
 
 
-def _split(w: Tensor, products: str) -> Tensor:
-    """The parts [PARTS, ...] in the operands' dtype whose sum is ``w`` as nearly as they can."""
+def _parts(w: Tensor, products: str) -> list[Tensor]:
+    """In the operands' dtype, whose sum is ``w`` as nearly as they can."""
     if products == "ieee":
-        return w[None]
+        return [w]
     if products == "tf32":
-        return _to_tf32(w)[None]
+        return [_to_tf32(w)]
     if products == "tf32x3":
         high = _to_tf32(w)
-        return torch.stack((high, _to_tf32(w - high)))
-    return w.to(torch.bfloat16)[None]
+        return [high, _to_tf32(w - high)]
+    return [w.to(torch.bfloat16)]
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts, 1) if len(parts) > 1 else parts[0].unsqueeze(1)
 
 
 def _to_tf32(w: Tensor) -> Tensor:
-    """Rounded to the 11 significant bits of TF32."""
-    bits = (w.contiguous().view(torch.int32) + 0x1000) & -0x2000
-    return torch.where(w.isfinite(), bits.view(torch.float32), w)
+    """Rounded to the 11 significant bits of TF32; NaN, whose bits might carry over, stays."""
+    bits = (w.view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(w.isnan(), w, bits.view(torch.float32))

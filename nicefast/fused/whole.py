@@ -99,19 +99,28 @@ class WholeFlow(FusedFlow):
         return found.tensors
 
     def _pack(self) -> tuple[Tensor, ...]:
-        chain = self.chain
         # filled in again by later calls, in whatever mode
         with torch.inference_mode(False), torch.no_grad():
-            every = torch.arange(self.shape.features, device=self.device)
-            sides = [every[f.columns] for f in chain.sides]
-            return backend.kernels().pack(
-                self.shape,
-                [sides[side] for side in chain.conditions],
-                [sides[1 - side] for side in chain.conditions],
-                [[w for w, _ in layers] for layers in chain.couplings],
-                [[b for _, b in layers] for layers in chain.couplings],
-                self.tile,
-            )
+            return backend.kernels().pack(self._layout(), self.chain.parameters)
+
+    def _layout(self) -> Any:
+        """Where what is packed comes from: the same as long as the chain is."""
+        captures, stream = _captures(self.device), _stream(self.device)
+        known = _layouts.get(self.chain)
+        if known is not None and known.of == (self.shape, self.tile):
+            if captures:  # which begins when all else has ended
+                _captured.add(known)
+            if captures or known.stream == stream:
+                return known.layout
+        every = torch.arange(self.shape.features, device=self.device)
+        sides = [every[f.columns] for f in self.chain.sides]
+        order = self.chain.conditions
+        layout = backend.kernels().lay_out(
+            self.shape, [sides[i] for i in order], [sides[1 - i] for i in order], self.tile
+        )
+        if not captures:  # what is captured is there in its replays alone
+            _layouts[self.chain] = _Layout((self.shape, self.tile), stream, layout)
+        return layout
 
 
 @dataclass
@@ -121,7 +130,16 @@ class _Packed:
     tensors: tuple[Tensor, ...]
 
 
+@dataclass(eq=False)
+class _Layout:
+    of: tuple[Any, Any]  # shape and tile
+    stream: int  # whose order keeps readers from its making
+    layout: Any
+
+
 _packed: WeakKeyDictionary[Chain, _Packed] = WeakKeyDictionary()
+_layouts: WeakKeyDictionary[Chain, _Layout] = WeakKeyDictionary()
+_captured: set[_Layout] = set()  # graphs that others captured read these, nobody knows how long
 
 
 class _Here(threading.local):

@@ -255,7 +255,7 @@ class _Fit:
         consumed = len(self.rows) * len(self.records)
         place = self.taken - len(self.records) * self.steps_each
         consumed += place * recipe.batch_size + share.start
-        raw = self.rows[chosen[share]].to(self.device, non_blocking=True)
+        raw = self.rows[chosen[share]].to(self.device)
         x, _ = self.preprocessing.forward(raw, TRAINING_NOISE + self.seed, consumed)
         self.step(
             x.to(self.dtype), lr, momentum, len(chosen), full=len(chosen) == recipe.batch_size
@@ -354,6 +354,4 @@ def _resident(rows: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return rows
     free, _ = torch.cuda.mem_get_info(device)
-    if rows.numel() * rows.element_size() <= free // 2:
-        return rows.to(device)
-    return rows.pin_memory()
+    return rows.to(device) if rows.numel() * rows.element_size() <= free // 2 else rows

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from nicefast.kernels import INTERPRETED, flow
 from nicefast.kernels.flow import flow_fwd, flow_inv, flow_sample
 from nicefast.kernels.flow_tile import FlowShape, flow_tile
-from nicefast.kernels.packing import pack
+from nicefast.kernels.packing import lay_out, pack
 
 R = nf.reference
 PRIORS = list(R.PRIORS)
@@ -66,10 +66,11 @@ class Flow:
 
     @property
     def packed(self):
-        return pack(
-            self.shape, [c for c, _ in self.sides], [s for _, s in self.sides],
-            self.weights, self.biases, self.tile,
-        )  # fmt: skip
+        layout = lay_out(
+            self.shape, [c for c, _ in self.sides], [s for _, s in self.sides], self.tile
+        )
+        layers = zip(self.weights, self.biases, strict=True)
+        return pack(layout, [t for own in layers for pair in zip(*own, strict=True) for t in pair])
 
     def shifts(self, x, c, index):
         """m(x1, c) of one coupling, with operands rounded unless in float64."""
