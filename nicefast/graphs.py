@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, captures
 from .fused.whole import packed_beforehand
 from .layers import is_plain_scaling
 from .path import Flow, Path, choose_path
@@ -139,14 +139,7 @@ def _capture(
     call: Callable[[], Outputs], device: torch.device
 ) -> tuple[Callable[[], None], Outputs]:
     """What computes the call again, and where its outputs will lie."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = call()
-    return graph.replay, outputs
+    with captures.beside(device):
+        for _ in range(WARM_UP):
+            call()
+    return captures.capture(call, device)

@@ -47,7 +47,7 @@ def additive_coupling(
     """
     features = getattr(partition, "shifted", partition)
     if isinstance(features, slice):
-        features = torch.arange(x.shape[-1])[features]
+        features = torch.arange(x.shape[-1], device=x.device)[features]
     delta = (shift if bias is None else shift + bias).to(x.dtype)
     return x.index_add(-1, features.to(x.device), -delta if inverse else delta)
 

@@ -9,6 +9,8 @@ through ``p.data`` stays unseen, as it does in autograd.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .chain import Chain
 
 _steps = 0  # of any optimizer
-_replayed: set[int] = set()  # addresses that steps captured as CUDA graphs write to
+_replayed: set[int] = set()  # addresses that steps captured as CUDA graphs write to, unseen
+_counts_replays = False
 
 
 class Version(NamedTuple):
@@ -39,6 +42,24 @@ def versions(chain: Chain) -> list[Version]:
     return [Version(p.data_ptr(), p.stride(), p._version, steps) for p in chain.parameters]
 
 
+def count_step() -> None:
+    """An optimizer has taken one step more."""
+    global _steps
+    _steps += 1
+
+
+@contextmanager
+def counting_replays() -> Iterator[None]:
+    """Whoever captures an optimizer's step in this block calls :func:`count_step` with each
+    replay."""
+    global _counts_replays
+    _counts_replays = True
+    try:
+        yield
+    finally:
+        _counts_replays = False
+
+
 def _shares_memory(p: Tensor) -> bool:
     return p.untyped_storage().nbytes() != p.nbytes
 
@@ -46,9 +67,10 @@ def _shares_memory(p: Tensor) -> bool:
 @functools.cache
 def _watch_optimizers() -> None:
     def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        global _steps
-        _steps += 1
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        count_step()
+        if _counts_replays or not torch.cuda.is_initialized():
+            return
+        if torch.cuda.is_current_stream_capturing():
             _replayed.update(p.data_ptr() for g in optimizer.param_groups for p in g["params"])
 
     register_optimizer_step_post_hook(count)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .. import captures
 from ..evaluation import density
 from ..flow import NICE
+from ..fused import versions
 from ..ranks import Ranks
 
 WARM_UP = 3  # real steps before the capture: kernels are compiled, the optimiser's state is made
@@ -74,25 +76,22 @@ class Step:
             return
         if self._graph is None and self._warm < WARM_UP:
             self._warm += 1
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+            with captures.beside(self.device):
                 self._take(x, rows)
-            torch.cuda.current_stream(self.device).wait_stream(side)
             return
         if self._graph is None:
             self._graph = self._capture(x, rows)
         replay, given = self._graph
         given.copy_(x)
         replay()
+        versions.count_step()
 
     def _capture(self, x: Tensor, rows: int) -> tuple[Callable[[], None], Tensor]:
         given = x.clone()
         self.optimiser.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._take(given, rows)
-        return graph.replay, given
+        with versions.counting_replays():
+            replay, _ = captures.capture(lambda: self._take(given, rows), self.device)
+        return replay, given
 
     def _take(self, x: Tensor, rows: int) -> None:
         total = self._sum(x)

@@ -336,6 +336,27 @@ def test_parameters_that_a_replayed_step_writes_are_packed_each_time(device, mon
         assert torch.allclose(model.log_prob(x), plain(model, x), atol=ATOL, rtol=1e-5)
 
 
+def test_replays_that_are_counted_are_packed_once_each(device, monkeypatch):
+    model, x = make(6, device=device), torch.randn(5, 6, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.log_prob(x).sum().backward()
+    with monkeypatch.context() as captured, versions.counting_replays():
+        for cuda in ("is_initialized", "is_current_stream_capturing"):
+            captured.setattr(torch.cuda, cuda, lambda: True)
+        optimizer.step()
+    own = mock.patch.object(
+        whole.WholeFlow, "_pack", autospec=True, side_effect=whole.WholeFlow._pack
+    )
+    with own as pack, torch.no_grad():
+        for step in (1, 2):
+            for p in model.parameters():
+                p.data.mul_(0.5)  # as a replay does
+            versions.count_step()
+            for _ in range(3):
+                assert torch.allclose(model.log_prob(x), plain(model, x), atol=ATOL, rtol=1e-5)
+            assert pack.call_count == step
+
+
 def test_parameters_of_inference_mode_count_no_versions(device):
     with torch.inference_mode():
         model = make(6, device=device)

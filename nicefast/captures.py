@@ -1,0 +1,43 @@
+"""Calls captured as CUDA graphs, each on a stream of its own device.
+
+PyTorch by itself captures on one stream, of whichever device was current when it first did: on
+another device nothing would be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """On the stream that captures: after all that was asked for, before all that will be.
+
+    What is called here, before it is captured, leaves kernels compiled and workspaces allocated.
+    """
+    stream = _stream(device)
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
+    """What computes ``call()`` again, and its result, which every replay writes over."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
+        result = call()
+    return graph.replay, result
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
