@@ -110,6 +110,10 @@ def _states(asked: str | None, level: str, device: str) -> list[str]:
     return [asked or "no-faults"]
 
 
+def _precisions(device: str) -> list[str]:
+    return [p for p in PRECISIONS if device != "cpu" or p != "tf32"]  # a GPU's
+
+
 class _Parser(argparse.ArgumentParser):
     """One line for a mistake; the whole usage is what --help is for."""
 
@@ -125,7 +129,7 @@ def _parser(skipped: list[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def choices(name: str, known: Sequence[str], default: Sequence[str] | None = None) -> None:
+    def choices(name: str, known: Sequence[str]) -> None:
         def parse(text: str) -> list[str]:
             asked = text.split(",")
             chosen = [c for c in known if c in asked]
@@ -140,14 +144,15 @@ def _parser(skipped: list[str]) -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{name}",
             type=parse,
-            default=list(default or known),
+            default=list(known),
             help=f"some of {','.join(known)}",
         )
 
     choices("case", CASES)
     choices("provider", tuple(PROVIDERS))
     gpu = torch.cuda.is_available()
-    choices("dtype", tuple(PRECISIONS), None if gpu else ("float32", "bf16"))
+    choices("dtype", tuple(PRECISIONS))
+    parser.set_defaults(dtype=None)  # by the device: see _precisions
     choices("direction", DIRECTIONS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     level = parser.add_mutually_exclusive_group()
@@ -177,14 +182,16 @@ def _measure(options: argparse.Namespace, level: str) -> int:
         "device": timing.device_name(options.device),
         "device_type": device.type,
         "allocator": options.child if device.type == "cpu" else None,
-        "run": timing.machine(("numpy", "nicefast", "triton", *PEERS))
+        "run": timing.machine(device, ("numpy", "nicefast", "triton", *PEERS))
         | {"seed": SEED, "level": level},
     }
+    precisions = options.dtype or _precisions(device.type)
     todo = list(
-        tasks(level, device.type, options.case, options.direction, options.dtype, options.provider)
+        tasks(level, device.type, options.case, options.direction, precisions, options.provider)
     )
     sizes = ELEMENTWISE_SIZES if ELEMENTWISE in options.case else ()
-    if options.child == "default" and options.allocator is None and level == "default":
+    second = device.type == "cpu" and options.child == "default"  # a GPU has this state alone
+    if second and options.allocator is None and level == "default":
         todo, sizes = [task for task in todo if is_headline(task)], ()
     sizes = sizes[:1] if level == "quick" else sizes
     with _progress(len(todo) + len(sizes)) as progress:
@@ -218,7 +225,7 @@ def _measure(options: argparse.Namespace, level: str) -> int:
 def _prepare(task: Task, device: torch.device) -> tuple[Gate, list[torch.Tensor]]:
     shape = task.shape
     weights = make_weights(shape, SEED)
-    sets = timing.input_sets(4 * shape.rows * shape.features)
+    sets = timing.input_sets(4 * shape.rows * shape.features, device)
     inputs = [torch.randn(shape.rows, shape.features, device=device) for _ in range(sets)]
     return Gate(shape, weights, inputs[0]), inputs
 

@@ -167,12 +167,12 @@ def measure(
             timed, gains, counted = {}, {}, {}
             for direction in directions:
                 calls = {k: Call(make_call(m, FLOAT32, direction)) for k, m in models.items()}
-                found = interleave(calls, [x], rounds, seconds)
+                found = interleave(calls, [x], device, rounds, seconds)
                 both = (found["before"], found["after"])
                 timed[direction] = (both[0].median, both[1].median)
                 pairs = zip(both[0].samples, both[1].samples, strict=True)
                 gains[direction] = quantile([b / a for b, a in pairs], 0.5)
-                counted[direction] = tuple(launches(c, x, library) for c in calls.values())
+                counted[direction] = tuple(launches(c, x, library, device) for c in calls.values())
             name = report.replaced[0].name
             glued = tuple(glue(m.get_submodule(name), call, x) for m in models.values())
             yield Row(library, shape, timed, gains, counted, glued)

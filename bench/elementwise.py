@@ -89,7 +89,7 @@ def couplings(rows: int, features: int, device: torch.device) -> Iterator[Operat
     half = features // 2
     partition = nf.Partition.half(features)
     rand = partial(torch.randn, device=device)
-    sets = input_sets(4 * rows * features)
+    sets = input_sets(4 * rows * features, device)
     pairs = [[rand(rows, features), rand(rows, half)] for _ in range(sets)]
 
     def slice_cat(sign: int) -> Way:
@@ -156,7 +156,7 @@ def couplings(rows: int, features: int, device: torch.device) -> Iterator[Operat
 def priors(rows: int, features: int, device: torch.device) -> Iterator[Operation]:
     rand = partial(torch.randn, device=device)
     log_scale = 0.1 * rand(features)
-    sets = input_sets(4 * rows * features)
+    sets = input_sets(4 * rows * features, device)
     ones = [[rand(rows, features)] for _ in range(sets)]
     compiled = torch.compile(one_exponential, dynamic=True)
     # the logistic distribution as the documentation of torch.distributions builds it

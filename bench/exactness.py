@@ -120,7 +120,7 @@ def cost(shape: Shape, options: argparse.Namespace, device: torch.device) -> lis
     cells = []
     for direction in DIRECTIONS:
         calls = {name: call(model, direction) for name, model in models.items()}
-        found = interleave(calls, [x], options.rounds, options.seconds)
+        found = interleave(calls, [x], device, options.rounds, options.seconds)
         pairs = zip(found["exact"].samples, found["ordinary"].samples, strict=True)
         ratio = quantile([b / a for b, a in pairs], 0.5)
         a, b = (1e3 * found[name].median for name in ("ordinary", "exact"))

@@ -27,7 +27,8 @@ COPY_BYTES = 1 << 26
 MEMORY_SHARE = 0.7  # of what is free: a case that may need more is left out
 LEAST_SECONDS = 5e-3  # of a turn: shorter calls are repeated
 #: operators that compute nothing
-FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias", "expand", "split")
+FREE = ("empty", "detach", "view", "slice", "t", "transpose", "select", "alias", "expand")
+FREE += ("unsqueeze", "split")
 
 
 def flow_records(
@@ -48,15 +49,15 @@ def flow_records(
         else torch.autocast(device.type, enabled=False)
     )
     with keep_casts:
-        chosen = _fastest_modes(calls, records, inputs, rounds)
+        chosen = _fastest_modes(calls, records, inputs, device, rounds)
         ceiling_calls, units = _ceilings(task.precision, device, small=rounds <= 2)
         timings = timing.interleave(
-            chosen | ceiling_calls, inputs, rounds, seconds, least=LEAST_SECONDS
+            chosen | ceiling_calls, inputs, device, rounds, seconds, least=LEAST_SECONDS
         )
         for name, call in chosen.items():
             records[name] |= {
-                "launches": launches(call, inputs[0], name),
-                "peak_bytes": peak_bytes(call, inputs[0]),
+                "launches": launches(call, inputs[0], name, device),
+                "peak_bytes": peak_bytes(call, inputs[0], device),
             }
     ceilings = _rates(timings, units)
     work = flow_work(shape.rows, shape.features, shape.hidden, shape.couplings, task.direction)
@@ -97,6 +98,7 @@ def _fastest_modes(
     calls: Mapping[str, dict[Mode, Call]],
     records: dict[str, Record],
     inputs: Sequence[torch.Tensor],
+    device: torch.device,
     rounds: int,
 ) -> dict[str, Call]:
     """Of each provider the call in its fastest mode, by a short trial."""
@@ -106,7 +108,7 @@ def _fastest_modes(
         if len(ways) > 1
         for mode, call in ways.items()
     }
-    trial = timing.interleave(several, inputs, rounds=max(1, min(3, rounds - 1)), warmup=1)
+    trial = timing.interleave(several, inputs, device, max(1, min(3, rounds - 1)), warmup=1)
     chosen = {}
     for name, ways in calls.items():
         if not ways:
@@ -205,12 +207,12 @@ def elementwise_records(
             calls[name] = Call(way)
         ceiling_calls, units = _ceilings("float32", device, small=True)
         inputs = operation.inputs
-        timings = timing.interleave(calls | ceiling_calls, inputs, rounds, seconds)
+        timings = timing.interleave(calls | ceiling_calls, inputs, device, rounds, seconds)
         ceilings = _rates(timings, units)
         work = elementwise_work(rows, features, operation.work)
         for name, call in calls.items():
-            records[name]["launches"] = launches(call, inputs[0], name)
-            records[name]["peak_bytes"] = peak_bytes(call, inputs[0])
+            records[name]["launches"] = launches(call, inputs[0], name, device)
+            records[name]["peak_bytes"] = peak_bytes(call, inputs[0], device)
             _add_timing(records[name], timings[name], work, ceilings)
         finish(list(records.values()))
         yield list(records.values())
@@ -227,13 +229,13 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(call: Call, given: Any, name: str) -> int | None:
+def launches(call: Call, given: Any, name: str, device: torch.device) -> int | None:
     """Kernels that one call launches on a GPU; on a CPU, operators that it asks PyTorch for.
 
     None where that can't be seen: what is compiled for a CPU asks for none.
     """
     call.prepare()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -247,13 +249,13 @@ def launches(call: Call, given: Any, name: str) -> int | None:
     return seen.count
 
 
-def peak_bytes(call: Call, given: Any) -> int | None:
+def peak_bytes(call: Call, given: Any, device: torch.device) -> int | None:
     """Memory that one call needs beyond what is there before it: on a CPU, by the kernel's count of
     resident pages, after the C library has given back what it keeps. None where that can't be had.
     """
     call.prepare()
     gc.collect()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -73,6 +73,7 @@ def order(names: Sequence[str], turn: int) -> list[str]:
 def interleave(
     calls: Mapping[str, Call],
     inputs: Sequence[Any],
+    device: torch.device,
     rounds: int = 9,
     seconds: float = 0.0,
     warmup: int = 2,
@@ -80,18 +81,22 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time the calls in turn, for at least ``rounds`` rounds and ``seconds`` seconds.
 
-    Every call gets the next of ``inputs``. What a call returns is freed before its time is taken.
-    If the fastest takes less than ``least`` seconds, everybody's turn is several calls, the same
-    number for all: nobody computes one tiny batch after having been away.
+    Every call gets the next of ``inputs``, which are on ``device``. What a call returns is freed
+    before its time is taken. The turn of one that takes less than ``least`` seconds is as many
+    calls as fill them: nobody computes one tiny batch after having been away, and long calls
+    beside short ones are not repeated.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     faults: dict[str, list[float]] = {name: [] for name in calls}
     stream = itertools.cycle(inputs)
     names = list(calls)
-    shortest = least
+    shortest = dict.fromkeys(names, least)
     for _, name in itertools.product(range(warmup), names):
-        shortest = min(shortest, _timed(calls[name], stream)[0])
-    repeats = min(MOST_REPEATS, math.ceil(least / max(shortest, 1e-9))) if least else 1
+        shortest[name] = min(shortest[name], _timed(calls[name], stream, device)[0])
+    repeats = {
+        name: min(MOST_REPEATS, math.ceil(least / max(taken, 1e-9))) if least else 1
+        for name, taken in shortest.items()
+    }
     gc.collect()
     gc.disable()
     try:
@@ -100,7 +105,7 @@ def interleave(
             if not names or (turn >= rounds and time.perf_counter() >= stop):
                 break
             for name in order(names, turn):
-                elapsed, faulted = _timed(calls[name], stream, repeats)
+                elapsed, faulted = _timed(calls[name], stream, device, repeats[name])
                 times[name].append(elapsed)
                 faults[name].append(faulted)
     finally:
@@ -112,19 +117,21 @@ def interleave(
             quantile(t, 0.8),
             quantile(faults[name], 0.5),
             len(t),
-            "cuda events" if torch.cuda.is_available() else "perf_counter",
+            "cuda events" if device.type == "cuda" else "perf_counter",
             t,
         )
         for name, t in times.items()
     }
 
 
-def _timed(call: Call, inputs: Iterator[Any], repeats: int = 1) -> tuple[float, float]:
+def _timed(
+    call: Call, inputs: Iterator[Any], device: torch.device, repeats: int = 1
+) -> tuple[float, float]:
     """Seconds and page faults of one call, the mean of ``repeats``."""
     given = list(itertools.islice(inputs, repeats))
     call.prepare()
     before = _page_faults()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         for x in given:
@@ -167,15 +174,15 @@ def _high() -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def input_sets(bytes_each: int) -> int:
+def input_sets(bytes_each: int, device: torch.device) -> int:
     """How many inputs are together twice the size of the last-level cache."""
-    return max(2, -(-2 * cache_bytes() // bytes_each))
+    return max(2, -(-2 * cache_bytes(device) // bytes_each))
 
 
-def cache_bytes() -> int:
-    """Size of the largest cache, 32 MiB where the system does not say."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+def cache_bytes(device: torch.device) -> int:
+    """Size of the device's largest cache, 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
     unit = {"K": 1 << 10, "M": 1 << 20}
     sizes = [
         int(text[:-1]) * unit[text[-1]]
@@ -193,18 +200,18 @@ def device_name(device: str) -> str:
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions, commit."""
+def machine(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What figures of the device depend on: processor, threads, versions, commit."""
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    gpu = torch.cuda.is_available()
+    gpu = device.type == "cuda"
     return {
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "capability": list(torch.cuda.get_device_capability()) if gpu else None,
+        "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "capability": list(torch.cuda.get_device_capability(device)) if gpu else None,
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "cache_bytes": cache_bytes(),
+        "cache_bytes": cache_bytes(device),
         "huge_pages": huge.read_text().strip() if huge.exists() else None,
         "libc": " ".join(platform.libc_ver()),
         "system": platform.platform(),
