@@ -22,6 +22,7 @@ from .coupling import couple, couple_, select
 from .dequantise import dequantise_fwd
 from .flow import flow_fwd, flow_inv, flow_sample
 from .flow_tile import FlowShape, FlowTile, flow_tile
+from .launch import why_no_launch
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
 from .packing import lay_out, pack
 from .sampling import sample_bwd, sample_fwd
@@ -51,4 +52,5 @@ __all__ = [
     "scale_log_prob_bwd",
     "scale_log_prob_fwd",
     "select",
+    "why_no_launch",
 ]

@@ -26,7 +26,7 @@ from .launch import accumulator, dense, is_dense, on_device, torch_dtype
 from .tile import ceil_div, reduction_programs, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def couple_kernel(
     p_x,  # [N, D]
     p_shift,  # [N, COUNT]
@@ -89,7 +89,7 @@ def couple_kernel(
     tl.store(p_y + o_n * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def couple_inplace_kernel(
     p_x,  # [N, D], read and written at the shifted features only
     p_shift,  # [N, COUNT]
@@ -137,7 +137,7 @@ def couple_inplace_kernel(
     tl.store(p_x + o_x, (b_x + b_delta).to(p_x.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles_per_program"])
 def select_kernel(
     p_x,  # [N, D]
     p_index,  # [COUNT]

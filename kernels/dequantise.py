@@ -33,7 +33,7 @@ def words(
     return tl.reshape(b_w, (ROWS, QUADS * 4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "row_offset", "seed"])
 def dequantise_kernel(
     p_l,  # [N, D]
     p_x,  # [N, D]

@@ -31,7 +31,7 @@ from .sampling import noise
 from .tile import ceil_div
 
 
-@triton.jit(do_not_specialize=["L", "K"])
+@triton.jit(do_not_specialize=["N", "L", "K"])
 def flow_fwd_kernel(
     p_x,  # [N, D]
     p_c,  # [N, C] or none
@@ -87,7 +87,7 @@ def flow_fwd_kernel(
         tl.store(p_lp + o_r, tl.sum(b_lp, 1), mask=o_r < N)
 
 
-@triton.jit(do_not_specialize=["L", "K"])
+@triton.jit(do_not_specialize=["N", "L", "K"])
 def flow_inv_kernel(
     p_z,  # [N, D]
     p_c,  # [N, C] or none
@@ -131,7 +131,7 @@ def flow_inv_kernel(
     tl.store(p_x + o_n * D + o_d, b_x, mask=(o_n < N) & (o_d < D))
 
 
-@triton.jit(do_not_specialize=["L", "K"])
+@triton.jit(do_not_specialize=["N", "L", "K", "row_offset", "seed"])
 def flow_sample_kernel(
     p_c,  # [N, C] or none
     p_in,

@@ -3,8 +3,21 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+
+
+def why_no_launch() -> str | None:
+    """The reason why nothing compiled could be launched here; None where it could.
+
+    Triton compiles what launches kernels, too: for that it needs a C compiler and Python's headers.
+    """
+    try:
+        _ = triton.runtime.driver.active
+    except Exception as error:  # whatever a compiler may raise
+        return f"Triton cannot launch kernels here ({type(error).__name__}: {error})"
+    return None
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -26,7 +26,7 @@ from .prior import prior_log_prob, prior_score
 from .tile import ceil_div, reduction_programs, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scale_log_prob_fwd_kernel(
     p_h,  # [N, D]
     p_s,  # [D]
@@ -62,7 +62,7 @@ def scale_log_prob_fwd_kernel(
     tl.store(p_lp + o_r, tl.sum(b_acc, 1), mask=o_r < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles_per_program"])
 def scale_log_prob_bwd_kernel(
     p_gz,  # [N, D] or none
     p_glp,  # [N]

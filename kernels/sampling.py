@@ -67,7 +67,7 @@ def noise(
     return tl.reshape(b_z, (ROWS, QUADS * 4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "row_offset", "seed"])
 def sample_fwd_kernel(
     p_s,  # [D]
     p_h,  # [N, D]
@@ -89,7 +89,7 @@ def sample_fwd_kernel(
     tl.store(p_h + o_n * D + o_d, b_h, mask=(o_n < N) & (o_d < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles_per_program"])
 def sample_bwd_kernel(
     p_g,  # [N, D]
     p_h,  # [N, D]

@@ -83,7 +83,7 @@ def _biased(
     return b_y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def enter_kernel(
     p_x,  # [N, D]
     p_s,  # [D]
@@ -124,7 +124,7 @@ def enter_kernel(
     tl.store(p_y + o_n * D + o_j, b_y, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def add_kernel(
     p_y,  # [N, D]
     p_b0,  # [S]
@@ -146,7 +146,7 @@ def add_kernel(
     tl.store(p_y + o_n * D + o_j, b_y, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def leave_kernel(
     p_y,  # [N, D]
     p_s,  # [D]

@@ -52,6 +52,26 @@ def test_kernels_really_run(triton_backend, device, monkeypatch):
     assert called == [1]
 
 
+def test_a_gpu_without_a_c_compiler_takes_pytorch(monkeypatch):
+    """Triton compiles what launches kernels at the first launch."""
+    triton = pytest.importorskip("triton", reason="needs Triton")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(module, "_interpreted", lambda: (False, None))
+    monkeypatch.setattr(module, "_why_not_gpu", module._why_not_gpu.__wrapped__)
+    gpu = torch.device("cuda", 0)
+    with nf.set_backend("auto"):
+        assert not module.uses_kernels(gpu)
+    assert "Failed to find C compiler" in module.why_not_kernels(gpu)
+    monkeypatch.undo()
+
+
 def run(code, **environment):
     """Run ``code`` in a Python without Triton's interpreter."""
     import os
