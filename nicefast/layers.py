@@ -80,17 +80,22 @@ class MLP(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        first, *others = cast("list[nn.Linear]", list(self.linears))
-        x = x.to(first.weight.dtype)
+        first, *others = self.linears
+        dtype = _dtype_of(first, x.dtype)
+        x = x.to(dtype)
         self.check_context(context)
         if context is None:
             h = first(x)
-        else:
+        elif type(first) is nn.Linear and not is_watched(first):
             # two products instead of a cat of the data with its context
             w, w_context = first.weight.split((self.in_features, self.context), 1)
             h = nn.functional.linear(x, w) + nn.functional.linear(
-                context.to(x.dtype), w_context, first.bias
+                context.to(dtype), w_context, first.bias
             )
+        else:
+            batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+            parts = (t.to(dtype).expand(*batch, -1) for t in (x, context))
+            h = first(torch.cat(tuple(parts), -1))
         activate = ACTIVATIONS[self.activation]
         for linear in others:
             h = activate(h)
@@ -291,6 +296,12 @@ def is_watched(module: nn.Module) -> bool:
 def is_plain_scaling(scaling: nn.Module) -> bool:
     """Whether ``log_scale`` alone says what it does."""
     return type(scaling) is Scaling and not is_watched(scaling) and type(scaling.log_scale) in PLAIN
+
+
+def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Of its weight or, without one, of its first parameter."""
+    found = (getattr(module, "weight", None), *module.parameters())
+    return next((t.dtype for t in found if isinstance(t, Tensor)), default)
 
 
 def _dropout(h: Tensor, p: float) -> Tensor:

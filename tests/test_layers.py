@@ -110,6 +110,33 @@ def test_coupling_takes_any_module(backend, device):
         assert torch.allclose(layer.inverse_(y.clone()), x, atol=1e-6)
 
 
+def test_mlp_with_context_calls_whatever_its_first_layer_is():
+    """Hooks, another class, anything in its place: as without a context."""
+    mlp = nf.MLP(3, (8,), 2, context=4)
+    x, c = torch.randn(6, 3), torch.randn(6, 4)
+    plain, first = mlp(x, c), mlp.linears[0]
+    hook = first.register_forward_hook(lambda m, given, out: 2 * out)
+    doubled = mlp.linears[1](torch.relu(2 * first.forward(torch.cat((x, c), 1))))
+    torch.testing.assert_close(mlp(x, c), doubled)
+    hook.remove()
+    torch.testing.assert_close(mlp(x, c), plain)
+
+    class Around(torch.nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, x):
+            return 2 * self.inside(x)
+
+    mlp.linears[0] = Around(first)
+    torch.testing.assert_close(mlp(x, c), doubled)
+    torch.testing.assert_close(mlp(x[:, None], c[:1]), mlp(x[:, None], c[:1].expand(6, 1, 4)))
+    mlp.linears[0] = torch.nn.utils.spectral_norm(first)
+    mlp(x, c).sum().backward()
+    assert mlp.linears[0].weight_orig.grad is not None
+
+
 def test_coupling_passes_the_context_on(backend, device):
     class Shift(nn.Module):
         def forward(self, x1, context):
