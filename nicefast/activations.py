@@ -61,8 +61,9 @@ ACTIVATIONS = {
     ),
     "elu": Activation(
         _aten.elu_,
-        lambda g, y: _aten.elu_backward.grad_input(g, 1.0, 1.0, 1.0, True, y, grad_input=g),
-        False,
+        # from its input: exp(x) made of exp(x) - 1 has lost its digits where units are saturated
+        lambda g, x: _aten.elu_backward.grad_input(g, 1.0, 1.0, 1.0, False, x, grad_input=g),
+        True,
         None,
     ),
 }

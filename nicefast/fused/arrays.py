@@ -52,7 +52,8 @@ ACTIVATIONS = {
     ),
     "elu": Activation(
         lambda h: np.copyto(h, np.expm1(h), where=h < 0),
-        lambda d, y: np.multiply(d, np.minimum(y, 0) + 1, out=d),
+        lambda d, x: np.multiply(d, np.exp(np.minimum(x, 0)), out=d),
+        from_input=True,
     ),
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from .chain import Chain
+from .sums import add_product
 
 LINE = 16  # numbers in one of the cache
 
@@ -127,7 +128,7 @@ class Columns:
             for layer, into in zip(layers, block.hidden[index], strict=True):
                 h = self._activated(layer, h, into)
             if to_the_end or index != steps[-1]:
-                block.features[1 - side].addmm_(last, h)
+                add_product(block.features[1 - side], last, h)
 
     def _activated(self, layer: Tensor, h: Tensor, into: Hidden) -> Tensor:
         out = into.units
@@ -154,7 +155,7 @@ class Columns:
             self.activation.backward_(d, below.units if below.before is None else below.before)
         totals.add(index, 0, d, block.given[index])
         if wants_given:  # that of the ones among them is nothing to anybody
-            grad.sides[side].addmm_(turned[0], d)
+            add_product(grad.sides[side], turned[0], d)
 
 
 class Totals:

@@ -18,6 +18,7 @@ from ..threads import alone
 from .chain import Chain
 from .flow import SamplingFlow
 from .onepiece import empty
+from .sums import add_product
 
 ROWS = 48  # with more, a large weight takes no longer to turn than to multiply,
 NUMBERS = 1 << 16  # and with more numbers in an activation, nor does a small one
@@ -82,10 +83,7 @@ class FewFlow(SamplingFlow):
         for index in chain.steps(inverse):
             side, (weight, bias) = chain.conditions[index], chain.couplings[index][-1]
             h, plus = self._hidden(index, pair[side], c), bias.unsqueeze(1)
-            if inverse:
-                pair[1 - side].sub_(plus).addmm_(weight, h, alpha=-1)
-            else:
-                pair[1 - side].add_(plus).addmm_(weight, h)
+            add_product(pair[1 - side], weight, h, -1 if inverse else 1, plus)
         for own, half in zip(columns, pair, strict=True):
             if not isinstance(own, slice):
                 rows.index_copy_(0, own, half)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .chain import Chain, Layers
 from .onednn import OneDNN, linear_pointwise
-from .sums import Sum
+from .sums import Sum, add_product
 
 LARGE = 2.0**100  # of a bound: numbers below it are finite, however the bound was rounded
 
@@ -244,13 +244,13 @@ class Products:
         if c is not None:
             sums[-1].add_product(d, c)
             if grad_c is not None:
-                _add_product(grad_c, d, self.context_weights[index])
+                add_product(grad_c, d, self.context_weights[index])
         weight = layers[0][0]
         if grad_y1 is None:
             return None
         if self.onednn.takes_back(weight, d.shape[0]):
             return linear_pointwise.binary(d, grad_y1, weight.t(), None, "add")
-        _add_product(grad_y1, d, weight)
+        add_product(grad_y1, d, weight)
         return grad_y1
 
     def sums(self) -> list[list[Sum]]:
@@ -287,11 +287,3 @@ def _size(x: Tensor) -> float:
         return float(x.abs().amax())
     # bfloat16 without signs has the order of its bits, whose largest is found ten times as fast
     return float((x.view(torch.int16) & 0x7FFF).amax().view(torch.bfloat16))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b``."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(torch.mm(a, b))

@@ -188,7 +188,9 @@ class SidewaysFlow(DifferentiableFlow):
                 learnt.steps, learnt.waits = min(ENOUGH, learnt.steps + 1), False
             gradients, total = left.of_sum or back_from(torch.ones_like(grad))
             factor, parameters = grad[0], gradients.parameters
-            if all(math.isfinite(t.sum().item()) for t in (total, *parameters)):  # no overflow
+            rows = (t for t in (gradients.x, gradients.context) if t is not None)
+            every = (total, *parameters, *rows)
+            if all(math.isfinite(t.sum().item()) for t in every):  # no overflow
                 return Gradients(
                     None if gradients.x is None or not wants_x else gradients.x * factor,
                     None if gradients.context is None else gradients.context * factor,

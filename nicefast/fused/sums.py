@@ -1,4 +1,5 @@
-"""Gradients of a chain's parameters, summed over blocks of rows and over threads."""
+"""Products added to what is there; gradients of a chain's parameters, summed over blocks of rows
+and over threads."""
 
 from __future__ import annotations
 
@@ -7,7 +8,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEW_ROWS, FEW_COLUMNS = 3, 11  # of a matrix to which MKL adds a product term by term,
+LONG = 384  # and of sums that it adds in several parts
 FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
+
+
+def add_product(
+    total: Tensor, a: Tensor, b: Tensor, sign: int = 1, plus: Tensor | None = None
+) -> None:
+    """``total += sign (a b + plus)``, with an error as if rounded once or twice."""
+    rows, columns = total.shape
+    by_terms = rows <= FEW_ROWS or columns <= FEW_COLUMNS or a.shape[1] > LONG
+    if (total.is_cpu and by_terms) or a.dtype != total.dtype:
+        product = _product(a, b)
+        total.add_(product if plus is None else product.add_(plus), alpha=sign)
+    else:
+        if plus is not None:
+            total.add_(plus, alpha=sign)
+        total.addmm_(a, b, alpha=sign)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``; of few rows in parts, since MKL sums terms one by one there."""
+    if not a.is_cpu or a.shape[0] > FEW_ROWS or a.shape[1] <= LONG:
+        return torch.mm(a, b)
+    first, *others = zip(a.split(LONG // 2, 1), b.split(LONG // 2), strict=True)
+    total = torch.mm(*first)
+    for part in others:
+        total.add_(torch.mm(*part))
+    return total
 
 
 class Gradients(NamedTuple):

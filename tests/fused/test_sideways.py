@@ -66,6 +66,23 @@ def test_the_sizes_above_take_every_way():
     assert 60_000 * chain.flops > sideways.LEAST_FLOPS
 
 
+def test_a_gradient_of_rows_that_overflows_in_a_sum_is_a_number(monkeypatch):
+    """The same for every row, it is a factor of a sum's, where that is a number."""
+    monkeypatch.setattr(onepiece.OnePiece, "serves", lambda *_: False)
+    model = nf.NICE(2, hidden=(1,), couplings=1, prior="normal")
+    first, last = model.couplings[0].conditioner.linears
+    with torch.no_grad():
+        for p, value in zip(
+            (*first.parameters(), *last.parameters()), (3e34, 0, 1e4, 0), strict=True
+        ):
+            p.fill_(value)
+    x = torch.tensor([[1e-34, 0.0]]).repeat(3, 1).requires_grad_()
+    log_prob = model.log_prob(x)
+    assert isinstance(nf.choose_path(model, x).fused, sideways.SidewaysFlow)
+    (grad,) = torch.autograd.grad(log_prob, x, torch.full((3,), 1e-8))
+    torch.testing.assert_close(grad, torch.tensor([[-9e34, -3e-4]]).repeat(3, 1))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_wider_flows_lie_on_their_side_where_no_gradient_is_asked_for(options):
     """Up to SIDEWAYS hidden units; NaN and infinity in a row stay in it."""
