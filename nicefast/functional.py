@@ -65,7 +65,7 @@ def additive_coupling(
     for t in (shift,) if bias is None else (shift, bias):
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     f = partition.locate(x.device)
-    if watchers.has_tangents():
+    if watchers.wants_definition():
         return reference.additive_coupling(x.to(dtype), shift, f.columns, inverse, bias)
     y = autograd.AdditiveCoupling.apply(
         _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
@@ -137,7 +137,7 @@ def split_features(x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
     """
     check_features("x", x, partition)
     f = partition.locate(x.device, conditioning=True)
-    if watchers.has_tangents():
+    if watchers.wants_definition():
         return x, reference.select_features(x, f.columns)
     same, x1 = autograd.SplitFeatures.apply(_rows(x), f.slots, f.indices, f.start, f.step, f.size)
     if x.ndim != 2:
@@ -194,7 +194,7 @@ def scale_log_prob(
     # z is never narrower than what it is made of, and float64 is computed from float64
     if return_z or log_scale.dtype == torch.float64:
         h = h.to(torch.promote_types(h.dtype, log_scale.dtype))
-    if watchers.has_tangents():
+    if watchers.wants_definition():
         check_log_scale(log_scale)
         return reference.scale_log_prob(h, log_scale, prior, return_z)
     arguments = (_rows(h), log_scale, prior, return_z)
@@ -285,7 +285,7 @@ def sample_prior(
     if seed is None:
         seed = draw_seed(generator)
     check_seed(seed)
-    if watchers.has_tangents():
+    if watchers.wants_definition():
         check_log_scale(log_scale)
         return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
     arguments = log_scale, n, row_offset, seed, prior, dtype
@@ -354,7 +354,7 @@ def _is_plain_call(*tensors: Tensor) -> bool:
         watchers.is_compiled()
         or watchers.records(*tensors)
         or watchers.is_transformed()
-        or watchers.has_tangents()
+        or watchers.wants_definition()
     )
 
 

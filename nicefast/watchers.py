@@ -35,6 +35,12 @@ def has_tangents() -> bool:
     return not is_compiled() and torch.autograd.forward_ad._current_level >= 0
 
 
+def wants_definition() -> bool:
+    """Whether the definition's own operations are wanted: for such derivatives, and in a program
+    that is exported, whose gradient PyTorch itself has to know."""
+    return torch.compiler.is_exporting() or has_tangents()
+
+
 def is_traced() -> bool:
     """Whether a tracer writes down every operation."""
     return torch._C._get_tracing_state() is not None or bool(_modes_before_dispatch())
