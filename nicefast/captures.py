@@ -38,6 +38,11 @@ def capture(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
     return graph.replay, result
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is called there now is captured, by anybody, and can't be waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

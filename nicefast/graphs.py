@@ -132,7 +132,7 @@ class _Graph:
 
 
 def _can_capture(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and not captures.is_capturing(device)
 
 
 def _capture(

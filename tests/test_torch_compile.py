@@ -193,7 +193,7 @@ def test_an_exported_program_has_gradients(method, strict):
             found = getattr(self.flow, method)(x)
             return found if isinstance(found, torch.Tensor) else found[0]
 
-    model, x = Call(), torch.randn(6, 4)
+    model, x = Call(), torch.randn(9, 6)
     exported = torch.export.export(model, (x,), strict=strict)
     assert not [n for n in exported.graph.nodes if "nicefast" in str(n.target)]
     program = exported.module()

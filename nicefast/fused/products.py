@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from .chain import Chain, Layers
+from .epilogue import keeps_nan
 from .onednn import OneDNN, linear_pointwise
 from .sums import Sum, add_product
 
@@ -32,11 +33,17 @@ class Products:
     """The products of a chain on one device, forwards or back through it (``inverse``).
 
     Weights are converted anew for each call, and kept for its gradient alone: they can't be out of
-    date. ``training``: activations are kept.
+    date. ``training``: activations are kept. ``numbers``: no NaN will come out of a product that
+    would be missed, so that an epilogue that makes 0 of it may be used, see :mod:`.epilogue`.
     """
 
     def __init__(
-        self, chain: Chain, device: torch.device, inverse: bool, training: bool = False
+        self,
+        chain: Chain,
+        device: torch.device,
+        inverse: bool,
+        training: bool = False,
+        numbers: bool = False,
     ) -> None:
         self.chain, self.inverse = chain, inverse
         self.steps = chain.steps(inverse)
@@ -49,6 +56,8 @@ class Products:
         in_float32 = device.type == "cpu" and self.dtype == torch.float32
         self.adds_after = in_float32 and not (self.onednn.counted or self.onednn.amd)
         self.relu = self.activation.apply_ is torch.relu_
+        # one call, and cuBLAS's epilogue
+        self.relu_in_product = self.relu and (numbers or keeps_nan(device)) and not self.adds_after
         self.layers = chain.couplings
         self.context_weights: list[Tensor] = []
         self._sizes: dict[int, float] = {}  # of parameters, see _bound
@@ -157,7 +166,7 @@ class Products:
             fuses = self.onednn.takes(weight, h.shape[0])
             if fuses and self.activation.fused is not None:
                 return linear_pointwise(h, weight, bias, *self.activation.fused)
-            if self.relu and not (fuses or self.adds_after):  # one call, and cuBLAS's epilogue
+            if self.relu_in_product and not fuses:
                 return torch._addmm_activation(bias, h, weight.t())
         return self.activation.apply_(self._linear(weight, bias, h, plus))
 
@@ -181,7 +190,7 @@ class Products:
         fuses = plus is None and self.onednn.takes(weight, h.shape[0])
         if fuses and finite:  # oneDNN's relu makes 0 of NaN
             return linear_pointwise(h, weight, bias, "relu", [], "")
-        if plus is None and not (fuses or self.adds_after):
+        if plus is None and self.relu_in_product and not fuses:
             out = torch._addmm_activation(bias, h, weight.t())
         else:
             out = torch.relu_(self._linear(weight, bias, h, plus))

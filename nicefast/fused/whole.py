@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..captures import is_capturing
 from ..ops import check_log_scale
 from .chain import Chain
 from .flow import FusedFlow
@@ -87,7 +88,7 @@ class WholeFlow(FusedFlow):
         found, place = _packed.get(self.chain), (self.shape, self.tile, _stream(self.device))
         if _here.beforehand and found is not None:
             return found.tensors
-        if _captures(self.device):
+        if is_capturing(self.device):
             return self._pack()  # in every replay
         now = versions(self.chain)
         if found is None or found.place != place:
@@ -105,7 +106,7 @@ class WholeFlow(FusedFlow):
 
     def _layout(self) -> Any:
         """Where what is packed comes from: the same as long as the chain is."""
-        captures, stream = _captures(self.device), _stream(self.device)
+        captures, stream = is_capturing(self.device), _stream(self.device)
         known = _layouts.get(self.chain)
         if known is not None and known.of == (self.shape, self.tile):
             if captures:  # which begins when all else has ended
@@ -161,7 +162,3 @@ def packed_beforehand() -> Iterator[None]:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _captures(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -19,6 +19,7 @@ from ..ops import check_log_scale
 from ..threads import alone
 from .blockwise import cut
 from .chain import Chain
+from .epilogue import gives_numbers, keeps_nan
 from .flow import FusedFlow
 from .products import Products
 
@@ -72,7 +73,9 @@ class WideFlow(FusedFlow):
     ) -> None:
         """Rows x through the flow (``inverse``: back) to ``out`` and ``log_prob``, if given."""
         kernels, sides = backend.kernels(), self.chain.sides
-        products = Products(self.chain, x.device, inverse)
+        # a NaN that is given is in log_prob, whatever became of it among the other features
+        numbers = out is None and not keeps_nan(x.device) and gives_numbers(self.chain)
+        products = Products(self.chain, x.device, inverse, numbers=numbers)
         blocks = cut(self.chain, len(x), x.device)
         before, after = (log_scale, None) if inverse else (None, log_scale)
         with alone(x.device):

@@ -282,7 +282,7 @@ def test_a_graph_of_somebody_else_packs_in_every_replay(device, monkeypatch):
     """What a capture would see; nicefast's own graphs pack beforehand."""
     model, x = make(6, device=device), torch.randn(5, 6, device=device)
     known = path(model, x).whole.packed()
-    monkeypatch.setattr(whole, "_captures", lambda _: True)
+    monkeypatch.setattr(whole, "is_capturing", lambda _: True)
     again = path(model, x).whole.packed()
     assert all(torch.equal(a, b) for a, b in zip(known, again, strict=True))
     *written, sides = (a.data_ptr() == b.data_ptr() for a, b in zip(known, again, strict=True))
