@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import usable_device
+
 
 class Ranks(NamedTuple):
     """This process among those of ``torch.distributed``: rank ``rank`` of ``world``.
@@ -45,6 +47,25 @@ class Ranks(NamedTuple):
         """Until all ranks are here."""
         if self.world > 1:
             dist.barrier()
+
+
+def own_device(name: str | torch.device) -> torch.device:
+    """The device of that name for this process: of several GPUs, the one that torchrun's local rank
+    says, which becomes the current one. ValueError where it cannot be used.
+
+    >>> own_device("cpu")
+    device(type='cpu')
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if str(name) == "cuda" and local is not None and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if int(local) >= count:
+            raise ValueError(
+                f"device 'cuda' has {count} GPU{'s' * (count > 1)} here, and this is process "
+                f"{local}, from 0: torchrun's --nproc-per-node must be at most {count}"
+            )
+        torch.cuda.set_device(int(local))
+    return usable_device(name)
 
 
 @contextmanager

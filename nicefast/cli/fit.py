@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import Dataset, inventory, load_data
-from ..devices import usable_device
 from ..evaluation import Evaluation
-from ..ranks import process_group
+from ..ranks import own_device, process_group
 from ..runs import Run, carry_out, run_folder, write_run
 from ..training import PRESETS, Configuration
 from .common import app, console, one_line_errors
@@ -118,7 +117,7 @@ def _fit(
     tensorboard: bool,
 ) -> None:
     rows = load_data(settings.data, data_dir, download)
-    with process_group(usable_device(settings.device)) as ranks:
+    with process_group(own_device(settings.device)) as ranks:
         if ranks.rank:
             folder = out.resolve().with_name(f"{out.name}.unfinished")
             ranks.wait()  # until the folder is there

@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..devices import usable_device
-from ..ranks import process_group
+from ..ranks import own_device, process_group
 from ..scoring import OUTPUTS, Scores, score
 from .common import app, console, one_line_errors
 
@@ -58,7 +57,7 @@ def score_command(
     are not finite get NaN and are counted. Under torchrun, every process takes its share.
     """
     with one_line_errors():
-        where = usable_device(device)
+        where = own_device(device)
         with process_group(where) as ranks, _progress(ranks.rank == 0) as (screen, progress):
             found = score(
                 model,
