@@ -33,5 +33,5 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
         ranks.own_device(name)
     assert chosen == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="2 GPUs here.*--nproc-per-node must be at most 2"):
+    with pytest.raises(ValueError, match=r"2 GPUs here.*--nproc-per-node must be at most 2"):
         ranks.own_device("cuda")
