@@ -1,4 +1,4 @@
-"""Calls captured as CUDA graphs, each on a stream of its own device.
+"""CUDA's streams: calls captured as graphs, each on a stream of its own device.
 
 PyTorch by itself captures on one stream, of whichever device was current when it first did: on
 another device nothing would be captured.
@@ -41,6 +41,11 @@ def capture(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
 def is_capturing(device: torch.device) -> bool:
     """Whether what is called there now is captured, by anybody, and can't be waited for."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that calls on the device are in now: what is computed there is ready there."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @cache

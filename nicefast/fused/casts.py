@@ -1,9 +1,12 @@
-"""Parameters in bfloat16, cast once within a block of autocast.
+"""Parameters in bfloat16, cast once: within a block of autocast or, on a GPU, until they change.
 
 Within one ``torch.autocast`` block PyTorch casts a parameter once, and takes what came of it until
 the block ends. So does nicefast, and lets go of it in the first call after the block. A parameter
 that has changed within the block, which autocast would not see, is cast again; only what is written
 through ``p.data`` stays unseen until the block ends, as it does in PyTorch itself.
+
+On a GPU a cast for each parameter would take more launches than the products: there casts are kept
+with the chain, as what a whole flow's kernel reads is (see :mod:`.whole`).
 """
 
 from __future__ import annotations
@@ -16,13 +19,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..captures import is_capturing, stream_of
 from .chain import Chain, Layers
 from .versions import Version, versions
 
 
 class _Cast(NamedTuple):
     versions: list[Version]
+    stream: int  # whose order keeps readers from what is being cast
     couplings: tuple[Layers, ...]
+
+
+def _cast(chain: Chain, casts: WeakKeyDictionary[Chain, _Cast]) -> Chain:
+    """The chain with its parameters as they are in ``casts``, or will be."""
+    now, found, stream = versions(chain), casts.get(chain), stream_of(chain.device)
+    if found is None or found.versions != now or found.stream != stream:
+        couplings = tuple(
+            tuple((w.to(torch.bfloat16), b.to(torch.bfloat16)) for w, b in layers)
+            for layers in chain.couplings
+        )
+        found = casts[chain] = _Cast(now, stream, couplings)
+    return replace(chain, couplings=found.couplings)
 
 
 class _Block(threading.local):
@@ -42,17 +59,11 @@ class _Block(threading.local):
             self.mark = mark
 
     def cast(self, chain: Chain) -> Chain:
-        now, found = versions(chain), self.casts.get(chain)
-        if found is None or found.versions != now:
-            couplings = tuple(
-                tuple((w.to(torch.bfloat16), b.to(torch.bfloat16)) for w, b in layers)
-                for layers in chain.couplings
-            )
-            found = self.casts[chain] = _Cast(now, couplings)
-        return replace(chain, couplings=found.couplings)
+        return _cast(chain, self.casts)
 
 
 _block = _Block()
+_kept: WeakKeyDictionary[Chain, _Cast] = WeakKeyDictionary()
 
 
 def with_casts(chain: Chain) -> Chain:
@@ -69,6 +80,16 @@ def with_casts(chain: Chain) -> Chain:
     with torch.no_grad():
         _block.enter(_cast_of(_block.own))
         return chain if _block.mark is None else _block.cast(chain)
+
+
+def with_kept_casts(chain: Chain) -> Chain:
+    """The chain with its parameters in bfloat16, if so they are to be, cast again only where they
+    have changed; as it is where that can't be known."""
+    unknown = is_capturing(chain.device) or any(p.is_inference() for p in chain.parameters)
+    if unknown or not chain.bfloat16:
+        return chain
+    with torch.inference_mode(False), torch.no_grad():  # kept for calls in whatever mode
+        return _cast(chain, _kept)
 
 
 def forget_casts() -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..captures import is_capturing
+from ..captures import is_capturing, stream_of
 from ..ops import check_log_scale
 from .chain import Chain
 from .flow import FusedFlow
@@ -85,7 +85,7 @@ class WholeFlow(FusedFlow):
         """The parameters as the kernel reads them, as they are now."""
         if any(p.is_inference() for p in self.chain.parameters):
             return self._pack()  # these count no versions
-        found, place = _packed.get(self.chain), (self.shape, self.tile, _stream(self.device))
+        found, place = _packed.get(self.chain), (self.shape, self.tile, stream_of(self.device))
         if _here.beforehand and found is not None:
             return found.tensors
         if is_capturing(self.device):
@@ -106,7 +106,7 @@ class WholeFlow(FusedFlow):
 
     def _layout(self) -> Any:
         """Where what is packed comes from: the same as long as the chain is."""
-        captures, stream = is_capturing(self.device), _stream(self.device)
+        captures, stream = is_capturing(self.device), stream_of(self.device)
         known = _layouts.get(self.chain)
         if known is not None and known.of == (self.shape, self.tile):
             if captures:  # which begins when all else has ended
@@ -158,7 +158,3 @@ def packed_beforehand() -> Iterator[None]:
         yield
     finally:
         _here.beforehand = False
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -18,6 +18,7 @@ from .. import backend
 from ..ops import check_log_scale
 from ..threads import alone
 from .blockwise import cut
+from .casts import with_kept_casts
 from .chain import Chain
 from .epilogue import gives_numbers, keeps_nan
 from .flow import FusedFlow
@@ -75,7 +76,7 @@ class WideFlow(FusedFlow):
         kernels, sides = backend.kernels(), self.chain.sides
         # a NaN that is given is in log_prob, whatever became of it among the other features
         numbers = out is None and not keeps_nan(x.device) and gives_numbers(self.chain)
-        products = Products(self.chain, x.device, inverse, numbers=numbers)
+        products = Products(with_kept_casts(self.chain), x.device, inverse, numbers=numbers)
         blocks = cut(self.chain, len(x), x.device)
         before, after = (log_scale, None) if inverse else (None, log_scale)
         with alone(x.device):

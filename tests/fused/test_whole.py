@@ -313,7 +313,7 @@ def test_streams_do_not_share_what_is_packed(device, monkeypatch):
     model, x = make(6, device=device), torch.randn(5, 6, device=device)
     known = path(model, x).whole.packed()
     assert path(model, x).whole.packed() is known
-    monkeypatch.setattr(whole, "_stream", lambda _: 7)
+    monkeypatch.setattr(whole, "stream_of", lambda _: 7)
     other = path(model, x).whole.packed()
     assert other is not known
     assert path(model, x).whole.packed() is other

@@ -204,3 +204,26 @@ def test_a_gpu_takes_it(device, hidden):
         torch.testing.assert_close(model.inverse(model(x)[0])[0], x, atol=1e-3, rtol=1e-3)
     assert choose_path(model, x).fused is None  # a gradient needs activations
     assert model.log_prob(x).requires_grad
+
+
+def test_parameters_are_cast_once_and_are_never_stale(triton_backend, device):
+    model = make(6, hidden=(40, 24), couplings=3, device=device)
+    x, log_scale = torch.randn(9, 6, device=device), model.scaling.log_scale
+
+    def casts():
+        flow = wide(model, x, True)
+        with torch.no_grad(), Operators() as operators:
+            z, _ = flow.forward(x, None, log_scale, want_z=True)
+        with nf.set_backend("reference"), torch.no_grad():
+            torch.testing.assert_close(z, layers(model, x)[0], atol=0.1, rtol=0.1)
+        return operators.seen.count("_to_copy")
+
+    first = casts()
+    rows = first - len(list(model.couplings.parameters()))  # the operands themselves
+    assert casts() == rows
+    with torch.no_grad():
+        model.couplings[1].conditioner.linears[0].weight.neg_().mul_(3)
+    assert casts() == first
+    assert casts() == rows
+    with torch.inference_mode():
+        assert casts() == rows
