@@ -63,10 +63,8 @@ def lay_out(shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: Flo
     mid = torch.stack(w_mid) if w_mid else w_in[0].new_empty(0, hp, hp)
     found = (torch.stack(w_in), mid, torch.stack(w_out), torch.stack(bias))
     source = torch.cat([t.flatten() for t in found])
-    none, shapes = (
-        torch.zeros(1, device=device, dtype=torch.float32),
-        tuple(tuple(t.shape) for t in found),
-    )
+    none = torch.zeros(1, device=device, dtype=torch.float32)
+    shapes = tuple(tuple(t.shape) for t in found)
     return Layout(none, source, shapes, tile.products, torch.stack(sides))
 
 

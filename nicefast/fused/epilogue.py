@@ -35,6 +35,8 @@ def gives_numbers(chain: Chain) -> bool:
         return False
     now, known = versions(chain), _known.get(chain)
     if known is None or known[0] != now:
+        if versions(chain) != now:  # never known to be what they were
+            return False
         known = _known[chain] = now, _is_bounded(chain)
     return known[1]
 

@@ -97,6 +97,9 @@ def test_what_cannot_be_known_is_not_taken_for_granted(monkeypatch):
     assert epilogue.gives_numbers(chain)
     monkeypatch.setattr(epilogue, "is_capturing", lambda _: True)
     assert not epilogue.gives_numbers(chain)
+    monkeypatch.undo()
+    monkeypatch.setattr(epilogue, "versions", lambda _: [object()])  # of slices of one vector
+    assert not epilogue.gives_numbers(nf.choose_path(make(6, **HALVES), x).chain)
     with torch.inference_mode():
         model = make(6, **HALVES)
     assert not epilogue.gives_numbers(nf.choose_path(model, x).chain)
