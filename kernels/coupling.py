@@ -137,7 +137,7 @@ def couple_inplace_kernel(
     tl.store(p_x + o_x, (b_x + b_delta).to(p_x.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_per_program"])
+@triton.jit(do_not_specialize=["N"])
 def select_kernel(
     p_x,  # [N, D]
     p_index,  # [COUNT]

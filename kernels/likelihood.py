@@ -62,7 +62,7 @@ def scale_log_prob_fwd_kernel(
     tl.store(p_lp + o_r, tl.sum(b_acc, 1), mask=o_r < N)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_per_program"])
+@triton.jit(do_not_specialize=["N"])
 def scale_log_prob_bwd_kernel(
     p_gz,  # [N, D] or none
     p_glp,  # [N]

@@ -89,7 +89,7 @@ def sample_fwd_kernel(
     tl.store(p_h + o_n * D + o_d, b_h, mask=(o_n < N) & (o_d < D))
 
 
-@triton.jit(do_not_specialize=["N", "tiles_per_program"])
+@triton.jit(do_not_specialize=["N"])
 def sample_bwd_kernel(
     p_g,  # [N, D]
     p_h,  # [N, D]
