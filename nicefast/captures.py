@@ -6,6 +6,7 @@ another device nothing would be captured.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,14 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+_forever: dict[int, object] = {}
+
+
+class _Here(threading.local):
+    kept: list[object] | None = None
+
+
+_here = _Here()
 
 
 @contextmanager
@@ -32,10 +41,27 @@ def beside(device: torch.device) -> Iterator[None]:
 
 def capture(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
     """What computes ``call()`` again, and its result, which every replay writes over."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
-        result = call()
-    return graph.replay, result
+    graph, before = torch.cuda.CUDAGraph(), _here.kept
+    kept: list[object] = []
+    _here.kept = kept
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
+            result = call()
+    finally:
+        _here.kept = before
+
+    def replay(kept: object = kept) -> None:
+        graph.replay()
+
+    return replay, result
+
+
+def keep(what: object) -> None:
+    """For what is captured now, which reads it: as long as that may be replayed."""
+    if _here.kept is None:  # somebody else's graph: nobody knows how long
+        _forever[id(what)] = what
+    else:
+        _here.kept.append(what)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -25,7 +25,7 @@ from .checks import (
     check_type,
 )
 from .ops import check_log_scale
-from .partition import Partition
+from .partition import Features, Partition, columns_of
 from .reference import check_prior
 
 
@@ -66,7 +66,9 @@ def additive_coupling(
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     f = partition.locate(x.device)
     if watchers.wants_definition():
-        return reference.additive_coupling(x.to(dtype), shift, f.columns, inverse, bias)
+        return reference.additive_coupling(
+            x.to(dtype), shift, columns_of(f.indices, f.start, f.step, f.size), inverse, bias
+        )
     y = autograd.AdditiveCoupling.apply(
         _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
     )
@@ -138,7 +140,7 @@ def split_features(x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
     check_features("x", x, partition)
     f = partition.locate(x.device, conditioning=True)
     if watchers.wants_definition():
-        return x, reference.select_features(x, f.columns)
+        return x, reference.select_features(x, _columns(f))
     same, x1 = autograd.SplitFeatures.apply(_rows(x), f.slots, f.indices, f.start, f.step, f.size)
     if x.ndim != 2:
         same, x1 = same.view(x.shape), x1.reshape(*x.shape[:-1], f.size)
@@ -356,6 +358,11 @@ def _is_plain_call(*tensors: Tensor) -> bool:
         or watchers.is_transformed()
         or watchers.wants_definition()
     )
+
+
+def _columns(f: Features) -> slice | Tensor:
+    """``f.columns``, as a compiler can read it."""
+    return columns_of(f.indices, f.start, f.step, f.size)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

@@ -59,12 +59,13 @@ def own_device(name: str | torch.device) -> torch.device:
     local = os.environ.get("LOCAL_RANK")
     if str(name) == "cuda" and local is not None and torch.cuda.is_available():
         count = torch.cuda.device_count()
-        if int(local) >= count:
+        if 1 < count <= int(local):
             raise ValueError(
-                f"device 'cuda' has {count} GPU{'s' * (count > 1)} here, and this is process "
-                f"{local}, from 0: torchrun's --nproc-per-node must be at most {count}"
+                f"device 'cuda' has {count} GPUs here, and this is process {local}, from 0: "
+                f"torchrun's --nproc-per-node must be at most {count}"
             )
-        torch.cuda.set_device(int(local))
+        if int(local) < count:  # otherwise this is the only one that the process is to see
+            torch.cuda.set_device(int(local))
     return usable_device(name)
 
 

@@ -35,3 +35,6 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"2 GPUs here.*--nproc-per-node must be at most 2"):
         ranks.own_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # it sees no other's
+    assert ranks.own_device("cuda").type == "cuda"
+    assert chosen == [1]

@@ -180,14 +180,15 @@ def test_reference_noise_is_traced_too():
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("partition", ["half", "alternating", "random"])
 @pytest.mark.parametrize("method", ["log_prob", "forward", "inverse"])
-def test_an_exported_program_has_gradients(method, strict):
+def test_an_exported_program_has_gradients(method, partition, strict):
     """It consists of PyTorch's own operations."""
 
     class Call(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.flow = make("half")
+            self.flow = make(partition)
 
         def forward(self, x):
             found = getattr(self.flow, method)(x)

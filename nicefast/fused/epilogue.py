@@ -50,5 +50,7 @@ def _is_bounded(chain: Chain) -> bool:
         size = total
         for weight, bias in (next(each) for _ in layers):
             size = weight * size + bias
+            if not size < LIMIT:  # nor of NaN
+                return False
         total += size
-    return total < LIMIT  # not of NaN
+    return total < LIMIT

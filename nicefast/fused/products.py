@@ -32,9 +32,10 @@ class Kept(NamedTuple):
 class Products:
     """The products of a chain on one device, forwards or back through it (``inverse``).
 
-    Weights are converted anew for each call, and kept for its gradient alone: they can't be out of
-    date. ``training``: activations are kept. ``numbers``: no NaN will come out of a product that
-    would be missed, so that an epilogue that makes 0 of it may be used, see :mod:`.epilogue`.
+    Weights are converted anew for each call, where the chain does not come with casts, and kept for
+    its gradient alone: they can't be out of date. ``training``: activations are kept. ``numbers``:
+    no NaN will come out of a product that would be missed, so that an epilogue that makes 0 of it
+    may be used, see :mod:`.epilogue`.
     """
 
     def __init__(

@@ -30,7 +30,8 @@ def add_product(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a b``; of few rows in parts, since MKL sums terms one by one there."""
-    if not a.is_cpu or a.shape[0] > FEW_ROWS or a.shape[1] <= LONG:
+    few = a.is_cpu and a.dtype == torch.float32 and a.shape[0] <= FEW_ROWS
+    if not few or a.shape[1] <= LONG:
         return torch.mm(a, b)
     first, *others = zip(a.split(LONG // 2, 1), b.split(LONG // 2), strict=True)
     total = torch.mm(*first)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..captures import is_capturing, stream_of
+from ..captures import is_capturing, keep, stream_of
 from ..ops import check_log_scale
 from .chain import Chain
 from .flow import FusedFlow
@@ -110,7 +110,7 @@ class WholeFlow(FusedFlow):
         known = _layouts.get(self.chain)
         if known is not None and known.of == (self.shape, self.tile):
             if captures:  # which begins when all else has ended
-                _captured.add(known)
+                keep(known)
             if captures or known.stream == stream:
                 return known.layout
         every = torch.arange(self.shape.features, device=self.device)
@@ -140,7 +140,6 @@ class _Layout:
 
 _packed: WeakKeyDictionary[Chain, _Packed] = WeakKeyDictionary()
 _layouts: WeakKeyDictionary[Chain, _Layout] = WeakKeyDictionary()
-_captured: set[_Layout] = set()  # graphs that others captured read these, nobody knows how long
 
 
 class _Here(threading.local):

@@ -75,7 +75,8 @@ class WideFlow(FusedFlow):
         """Rows x through the flow (``inverse``: back) to ``out`` and ``log_prob``, if given."""
         kernels, sides = backend.kernels(), self.chain.sides
         # a NaN that is given is in log_prob, whatever became of it among the other features
-        numbers = out is None and not keeps_nan(x.device) and gives_numbers(self.chain)
+        asked = out is None and self.chain.activation == "relu" and not keeps_nan(x.device)
+        numbers = asked and gives_numbers(self.chain)
         products = Products(with_kept_casts(self.chain), x.device, inverse, numbers=numbers)
         blocks = cut(self.chain, len(x), x.device)
         before, after = (log_scale, None) if inverse else (None, log_scale)

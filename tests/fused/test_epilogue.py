@@ -65,6 +65,18 @@ def test_no_parameter_is_missed(triton_backend, epilogues, layer, name, value):
     assert torch.equal(found.isinf(), plain.isinf())
 
 
+def test_an_overflow_that_later_weights_hide_is_not_missed(triton_backend, epilogues):
+    model, x = make(6, **HALVES), 1e6 * torch.randn(9, 6)
+    with torch.no_grad(), nf.set_backend("auto"):
+        for linear, size in zip(
+            model.couplings[0].conditioner.linears, (1e17, 1e17, 1.0, 1e-17), strict=True
+        ):
+            linear.weight.normal_().mul_(size)
+        found, plain = log_prob(model, x), expected(model, x)
+        assert plain.isnan().any()
+        assert torch.equal(found.isnan(), plain.isnan())
+
+
 def test_no_context_and_no_row_is_missed(triton_backend, epilogues):
     with nf.set_backend("auto"):
         model, x, c = make(6, context=2, **HALVES), torch.randn(9, 6), torch.randn(9, 2)
