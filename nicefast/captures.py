@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-_forever: dict[int, object] = {}
+_forever: dict[int, object] = {}  # by id
 
 
 class _Here(threading.local):
@@ -50,7 +50,7 @@ def capture(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
     finally:
         _here.kept = before
 
-    def replay(kept: object = kept) -> None:
+    def replay(_: object = kept) -> None:  # which it holds
         graph.replay()
 
     return replay, result
@@ -65,12 +65,20 @@ def keep(what: object) -> None:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is called there now is captured, by anybody, and can't be waited for."""
+    """Whether what is called there now is captured, by anybody, and can't be waited for.
+
+    >>> is_capturing(torch.device("cpu"))
+    False
+    """
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream that calls on the device are in now: what is computed there is ready there."""
+    """The stream that calls on the device are in now: what is computed there is ready there.
+
+    >>> stream_of(torch.device("cpu"))
+    0
+    """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

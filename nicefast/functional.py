@@ -66,9 +66,7 @@ def additive_coupling(
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     f = partition.locate(x.device)
     if watchers.wants_definition():
-        return reference.additive_coupling(
-            x.to(dtype), shift, columns_of(f.indices, f.start, f.step, f.size), inverse, bias
-        )
+        return reference.additive_coupling(x.to(dtype), shift, _columns(f), inverse, bias)
     y = autograd.AdditiveCoupling.apply(
         _rows(x.to(dtype)), _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
     )

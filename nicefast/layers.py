@@ -300,8 +300,10 @@ def is_plain_scaling(scaling: nn.Module) -> bool:
 
 def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
     """Of its weight or, without one, of its first parameter."""
-    found = (getattr(module, "weight", None), *module.parameters())
-    return next((t.dtype for t in found if isinstance(t, Tensor)), default)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.dtype
+    return next((p.dtype for p in module.parameters()), default)
 
 
 def _dropout(h: Tensor, p: float) -> Tensor:

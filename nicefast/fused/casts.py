@@ -85,8 +85,9 @@ def with_casts(chain: Chain) -> Chain:
 def with_kept_casts(chain: Chain) -> Chain:
     """The chain with its parameters in bfloat16, if so they are to be, cast again only where they
     have changed; as it is where that can't be known."""
-    unknown = is_capturing(chain.device) or any(p.is_inference() for p in chain.parameters)
-    if unknown or not chain.bfloat16:
+    if not chain.bfloat16 or is_capturing(chain.device):
+        return chain
+    if any(p.is_inference() for p in chain.parameters):  # these count no versions
         return chain
     with torch.inference_mode(False), torch.no_grad():  # kept for calls in whatever mode
         return _cast(chain, _kept)

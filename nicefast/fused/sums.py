@@ -8,18 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW_ROWS, FEW_COLUMNS = 3, 11  # of a matrix to which MKL adds a product term by term,
-LONG = 384  # and of sums that it adds in several parts
+FEW_ROWS = 3  # of a matrix whose numbers MKL sums term by term,
+LONG = 384  # where the sums are longer than this, in parts
 FEW_INPUTS = 64  # of a layer: the gradient of its weights is then faster as in x out
 
 
 def add_product(
     total: Tensor, a: Tensor, b: Tensor, sign: int = 1, plus: Tensor | None = None
 ) -> None:
-    """``total += sign (a b + plus)``, with an error as if rounded once or twice."""
-    rows, columns = total.shape
-    by_terms = rows <= FEW_ROWS or columns <= FEW_COLUMNS or a.shape[1] > LONG
-    if (total.is_cpu and by_terms) or a.dtype != total.dtype:
+    """``total += sign (a b + plus)``, rounded as the sum of two: left to itself, MKL adds to a
+    small matrix term by term. How small depends on the processor."""
+    if total.is_cpu or a.dtype != total.dtype:
         product = _product(a, b)
         total.add_(product if plus is None else product.add_(plus), alpha=sign)
     else:

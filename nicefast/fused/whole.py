@@ -131,7 +131,7 @@ class _Packed:
     tensors: tuple[Tensor, ...]
 
 
-@dataclass(eq=False)
+@dataclass
 class _Layout:
     of: tuple[Any, Any]  # shape and tile
     stream: int  # whose order keeps readers from its making

@@ -1,13 +1,17 @@
 """A GPU's product makes 0 of NaN in its epilogue, where relu is: NaN is not lost all the same."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 import nicefast as nf
 from helpers import make
-from nicefast.fused import epilogue, products, wide
+from nicefast import devices
+from nicefast.fused import epilogue, handful, products, wide
 from nicefast.fused.wide import WideFlow
 
+KEPT = products.Products._kept
 HALVES = {"hidden": (24, 16, 20), "couplings": 2, "partition": "half"}
 
 
@@ -21,6 +25,7 @@ def epilogues(monkeypatch):
         return real(bias, a, b, **options).nan_to_num(0.0, torch.inf, -torch.inf)
 
     monkeypatch.setattr(torch, "_addmm_activation", product)
+    monkeypatch.setattr(devices, "is_amd", lambda: True)  # elsewhere, a CPU's biases come after
     for module in (products, wide):
         monkeypatch.setattr(module, "keeps_nan", lambda _: False)
     return asked
@@ -98,7 +103,11 @@ def test_a_step_of_training_shows_it(epilogues, monkeypatch, poison):
     with torch.no_grad():
         getattr(model.couplings[0].conditioner.linears[1], poison)[5] = torch.nan
     monkeypatch.setattr(products.OneDNN, "takes", lambda *_: False)
-    value = model.log_prob(x)
+    monkeypatch.setattr(handful.Handful, "serves", lambda *_: False)
+    steps = mock.patch.object(products.Products, "_kept", autospec=True, side_effect=KEPT)
+    with steps as step:
+        value = model.log_prob(x)
+    assert step.call_count == 2 * 3
     assert value.isnan().all()
     assert not epilogues
 
