@@ -196,9 +196,8 @@ def specialise(
     """Signature, constants, alignments and options as ``kernel[grid](...)`` would make them."""
     function, backend, bind = _binder(kernel, arch)
     bound, specialization, options = bind(*args, **kwargs)
-    # Triton 3.9 warns where fusion is not spelt out; the options it parses are not used here
     _, signature, constants, attrs = function._pack_args(
-        backend, kwargs | {"enable_fp_fusion": True}, bound, specialization, options
+        backend, kwargs, bound, specialization, options
     )
     return (
         tuple(signature.items()),

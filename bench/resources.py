@@ -6,8 +6,9 @@ Compiles ahead of time what :mod:`bench.cases` and :mod:`bench.flow_cases` enume
 registers, spills, shared memory and the number of 128-bit global accesses among all. ``--full``
 is a matter of hours: narrow it down.
 
-The exit status is 1 where a case spills, needs too much shared memory, reads or writes narrowly
-what could go 128 bits at a time, multiplies without matrix instructions, or does not compile.
+The exit status is 1 where a case spills, needs too much shared or tensor memory, reads or writes
+narrowly what could go 128 bits at a time, multiplies without matrix instructions, or does not
+compile.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from .launches import TARGETS, jit_function
 
 KERNELS = elementwise.KERNELS + flow_cases.KERNELS
 KIB = 1024
+TENSOR_MEMORY_LIMIT = 512
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 SASS_EVERY = 16  # disassembling takes longer than compiling: every 16th case, and what spills
 
@@ -52,6 +54,7 @@ class Resources:
     registers: int = 0
     spills: dict[str, int] = field(default_factory=dict)
     shared: int = 0
+    tensor_memory: int = 0  # columns, of Blackwell's for matrix products
     loads: int = 0
     stores: int = 0
     wide_loads: int = 0
@@ -72,6 +75,8 @@ def problems(case: Case, r: Resources) -> list[str]:
         found.append("spills: " + ", ".join(f"{k} = {v}" for k, v in r.spills.items()))
     if r.shared > SHARED_LIMIT[case.arch]:
         found.append(f"shared memory: {r.shared} B of {SHARED_LIMIT[case.arch]} B")
+    if r.tensor_memory > TENSOR_MEMORY_LIMIT:
+        found.append(f"tensor memory: {r.tensor_memory} columns of {TENSOR_MEMORY_LIMIT}")
     for what in ("loads", "stores"):
         least, got = getattr(case, f"wide_{what}"), getattr(r, f"wide_{what}")
         if got < least:
@@ -100,7 +105,8 @@ def compile_case(case: Case, disassemble: bool = False) -> Resources:
     except Exception as e:  # whatever a compiler may raise
         return Resources(error=f"{type(e).__name__}: {e}")
     read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
-    return read(compiled.asm, compiled.metadata.shared, disassemble)
+    found = read(compiled.asm, compiled.metadata.shared, disassemble)
+    return replace(found, tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0)
 
 
 def _read_amd(asm: dict[str, str], shared: int, disassemble: bool) -> Resources:
@@ -193,8 +199,6 @@ def main() -> int:
     options = parser.parse_args()
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    # Triton 3.9 fuses where this is unset, and warns: spell the default out
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     rows, bad = [], []
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)

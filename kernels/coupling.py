@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, dense, is_dense, on_device, torch_dtype
+from .launch import FUSED, accumulator, dense, is_dense, on_device, torch_dtype
 from .tile import ceil_div, reduction_programs, tile
 
 
@@ -206,7 +206,7 @@ def couple(
             x, shift, dense(bias), slot, y, n, *x.stride(), *shift.stride(),
             D=d, COUNT=shift.shape[1], START=start, STEP=step, INVERSE=inverse,
             HAS_BIAS=bias is not None, X_DENSE=is_dense(x), SHIFT_DENSE=is_dense(shift),
-            ACC=accumulator(x, shift), ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            ACC=accumulator(x, shift), ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return y
 
@@ -232,7 +232,7 @@ def couple_(
             x, shift, dense(bias), index, n, *x.stride(), *shift.stride(),
             D=d, COUNT=count, START=start, STEP=step, INVERSE=inverse,
             HAS_BIAS=bias is not None, X_DENSE=is_dense(x), SHIFT_DENSE=is_dense(shift),
-            ACC=accumulator(x, shift), ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            ACC=accumulator(x, shift), ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
 
 
@@ -268,6 +268,6 @@ def select(
         select_kernel[(programs, ceil_div(count, t.columns))](
             x, index, out, partial, n, *x.stride(), per_program,
             D=d, COUNT=count, START=start, STEP=step, NEGATE=negate, COLUMN_SUMS=column_sums,
-            X_DENSE=is_dense(x), ACC=acc, ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            X_DENSE=is_dense(x), ACC=acc, ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return out, partial.sum(0) if column_sums else sums

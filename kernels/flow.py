@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .flow_rows import couplings, load_rows, rows_again, with_context
 from .flow_tile import PARTS, FlowShape, FlowTile
-from .launch import dense, is_dense, on_device
+from .launch import FUSED, dense, is_dense, on_device
 from .packing import Tensors
 from .prior import prior_log_prob
 from .sampling import noise
@@ -258,7 +258,7 @@ def _strides(context: Tensor | None) -> tuple[int, ...]:
 
 def _constants(context: Tensor | None, shape: FlowShape, tile: FlowTile) -> dict[str, object]:
     limit = {} if tile.registers is None else {"maxnreg": tile.registers}
-    return limit | {
+    return FUSED | limit | {
         "D": shape.features, "C": shape.context,
         "C_DENSE": context is not None and is_dense(context), "ACTIVATION": shape.activation,
         "PRODUCTS": tile.products, "PARTS": PARTS[tile.products],

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# a product and a sum in one instruction, which from Triton 3.10 on is no longer what happens unsaid
+FUSED = {"enable_fp_fusion": True}
+
 
 def why_no_launch() -> str | None:
     """The reason why nothing compiled could be launched here; None where it could.

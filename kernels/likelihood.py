@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, dense, is_dense, on_device, torch_dtype
+from .launch import FUSED, accumulator, dense, is_dense, on_device, torch_dtype
 from .prior import prior_log_prob, prior_score
 from .tile import ceil_div, reduction_programs, tile
 
@@ -55,10 +55,10 @@ def scale_log_prob_fwd_kernel(
             o_h = o_n * stride_hn + o_d.to(tl.int64) * stride_hd
         b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(ACC)
         b_z = tl.load(p_h + o_h, mask=m, other=0.0).to(ACC) * tl.exp(b_s)
-        if WITH_Z:
-            tl.store(p_z + o_n * D + o_d, b_z.to(p_z.dtype.element_ty), mask=m)
         # a padded lane must add nothing: the logistic log-density at 0 is -2 log 2
         b_acc += tl.where(m, prior_log_prob(b_z, PRIOR) + b_s, 0.0)
+        if WITH_Z:
+            tl.store(p_z + o_n * D + o_d, b_z.to(p_z.dtype.element_ty), mask=m)
     tl.store(p_lp + o_r, tl.sum(b_acc, 1), mask=o_r < N)
 
 
@@ -127,7 +127,7 @@ def scale_log_prob_fwd(
         scale_log_prob_fwd_kernel[(ceil_div(n, t.rows),)](
             h, dense(log_scale), z, log_prob, n, *h.stride(),
             D=d, PRIOR=prior, WITH_Z=return_z, H_DENSE=is_dense(h), ACC=acc,
-            ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return z, log_prob
 
@@ -151,6 +151,6 @@ def scale_log_prob_bwd(
             *h.stride(), per_program,
             D=d, PRIOR=prior, HAS_GZ=grad_z is not None,
             GZ_DENSE=grad_z is not None and is_dense(grad_z), H_DENSE=is_dense(h), ACC=acc,
-            ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return grad_h, partial.sum(0).to(log_scale.dtype)

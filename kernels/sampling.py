@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, dense, is_dense, on_device, torch_dtype
+from .launch import FUSED, accumulator, dense, is_dense, on_device, torch_dtype
 from .prior import logistic_noise, normal_noise
 from .tile import ceil_div, reduction_programs, tile
 
@@ -140,7 +140,8 @@ def sample_fwd(
     with on_device(h):
         sample_fwd_kernel[(ceil_div(n, t.rows), ceil_div(d, quads * 4))](
             dense(log_scale), h, n, row_offset, seed,
-            D=d, PRIOR=prior, ACC=accumulator(h), ROWS=t.rows, QUADS=quads, num_warps=t.warps,
+            D=d, PRIOR=prior, ACC=accumulator(h), ROWS=t.rows, QUADS=quads,
+            num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return h
 
@@ -158,6 +159,6 @@ def sample_bwd(grad_h: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
         sample_bwd_kernel[(programs, ceil_div(d, t.columns))](
             grad_h, h, partial, n, *grad_h.stride(), *h.stride(), per_program,
             D=d, G_DENSE=is_dense(grad_h), H_DENSE=is_dense(h), ACC=acc,
-            ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return partial.sum(0).to(dtype)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, is_dense, on_device
+from .launch import FUSED, dense, is_dense, on_device
 from .prior import prior_log_prob
 from .tile import Tile, ceil_div, tile
 
@@ -207,7 +207,8 @@ def enter(
         enter_kernel[_grid(n, d, t)](
             x, dense(log_scale), *map(dense, biases), first.indices, second.indices, y, n,
             *x.stride(), D=d, **_places(sides), SCALED=log_scale is not None, **_has(biases),
-            INVERSE=inverse, X_DENSE=is_dense(x), ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            INVERSE=inverse, X_DENSE=is_dense(x), ROWS=t.rows, COLS=t.columns,
+            num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return y
 
@@ -222,7 +223,7 @@ def add_(y: Tensor, size: int, biases: Biases, inverse: bool) -> None:
         add_kernel[_grid(n, d, t)](
             y, *map(dense, biases), n,
             D=d, S=size, **_has(biases), INVERSE=inverse,
-            ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def leave(
             y, dense(log_scale), *map(dense, biases), first.indices, second.indices, z, log_prob, n,
             D=d, **_places(sides), PRIOR=prior, SCALED=log_scale is not None, **_has(biases),
             INVERSE=inverse, WITH_Z=z is not None, WITH_LP=log_prob is not None,
-            ROWS=t.rows, COLS=t.columns, num_warps=t.warps,
+            ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
 
 

@@ -74,6 +74,11 @@ def test_shared_memory_suffices(compiled):
     assert not failures(compiled, "shared memory")
 
 
+def test_tensor_memory_suffices(compiled):
+    assert any(r.tensor_memory for r in compiled.values())
+    assert not failures(compiled, "tensor memory")
+
+
 def test_global_accesses_are_128_bits_wide(compiled):
     assert not failures(compiled, "narrow")
 
@@ -224,6 +229,7 @@ def test_the_check_of_flows_can_fail():
         ({"products": {"mma.sync": 100}}, "matrix instructions: 0"),
         ({"spills": {"STACK": 8, "LOCAL": 0}}, "spills: STACK = 8"),
         ({"shared": 227 * 1024 + 1}, "shared memory"),
+        ({"tensor_memory": 513}, "tensor memory"),
     ):
         (problem,) = problems(case, dataclasses.replace(good, **doctored))
         assert said in problem
@@ -243,7 +249,7 @@ print(problems(case, compile_case(case)))
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=env | {"TRITON_DEFAULT_FP_FUSION": "1"},
+        [sys.executable, "-c", program], cwd=ROOT, env=env,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "spills: STACK" in run.stdout, run.stderr
