@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .watchers import is_compiled, is_transformed
+from .watchers import is_compiled, is_exported, is_transformed
 
 FEW_QUADS = 1 << 15  # with fewer, PyTorch has one thread, and calls NumPy's cost less
 MASK = 0xFFFFFFFF
@@ -31,7 +31,7 @@ def philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
     >>> philox(torch.arange(2), torch.arange(1), 0, seed=7).shape
     torch.Size([2, 4])
     """
-    if torch.compiler.is_exporting():
+    if is_exported():
         c = _words(rows, quads, word, seed)
         signed = [((own & MASK) ^ 0x80000000) - 0x80000000 for own in c]
         return torch.stack(signed, -1).view(len(rows), 4 * len(quads))

@@ -38,7 +38,13 @@ def has_tangents() -> bool:
 def wants_definition() -> bool:
     """Whether the definition's own operations are wanted: for such derivatives, and in a program
     that is exported, whose gradient PyTorch itself has to know."""
-    return torch.compiler.is_exporting() or has_tangents()
+    return is_exported() or has_tangents()
+
+
+def is_exported() -> bool:
+    """Whether torch.export reads this. (What is_exporting() says, but in torch.compile as well:
+    before PyTorch 2.13 it is true there.)"""
+    return torch.compiler._is_exporting_flag
 
 
 def is_traced() -> bool:
