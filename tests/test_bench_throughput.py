@@ -2,11 +2,12 @@
 
 import pytest
 
+pytest.importorskip("pyarrow", reason="needs pyarrow")
+
 from bench import throughput
 
 
 def test_every_kind_of_file_is_scored_and_reported(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("pyarrow", reason="needs pyarrow")
     monkeypatch.setattr(throughput, "HIDDEN", (8,))
     assert throughput.main(["--rows", "300", "--rounds", "1", "--out", str(tmp_path / "t.md")]) == 0
     text = (tmp_path / "t.md").read_text()
@@ -18,7 +19,6 @@ def test_every_kind_of_file_is_scored_and_reported(tmp_path, monkeypatch, capsys
 
 
 def test_other_densities_are_an_error(tmp_path, monkeypatch):
-    pytest.importorskip("pyarrow", reason="needs pyarrow")
     monkeypatch.setattr(throughput, "HIDDEN", (8,))
     read = throughput._read
     monkeypatch.setattr(throughput, "_read", lambda path: read(path) + 1)

@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("scipy", reason="needs scipy, which integrates")
+
 from scipy import integrate, special, stats
 
 from nicefast.data.toys import TOYS, toy, toy_log_prob
