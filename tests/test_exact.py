@@ -232,6 +232,7 @@ def test_samples_lie_on_the_grid():
 
 
 def test_files_and_copies(tmp_path):
+    pytest.importorskip("safetensors", reason="needs safetensors")
     model = make(5)
     nf.save(model, tmp_path / "flow.safetensors")
     loaded = nf.load(tmp_path / "flow.safetensors")

@@ -55,6 +55,7 @@ def test_parameters_of_the_released_networks_by_formula():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_says_where_it_is_from_and_goes_through_toml(name, tmp_path):
+    pytest.importorskip("tomli_w", reason="needs tomli_w")
     preset = PRESETS[name]
     assert preset.source
     assert all(d.endswith(".") for d in preset.deviations)

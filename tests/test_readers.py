@@ -344,6 +344,7 @@ def test_what_are_no_finite_numbers_is_named(tmp_path, values, reason, ending):
 
 
 def test_bad_files_are_named(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
     refused(tmp_path / "none.csv", "no such file")
     (tmp_path / "folder.npy").mkdir()
     refused(tmp_path / "folder.npy", "folder or a device")

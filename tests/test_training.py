@@ -326,6 +326,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("optimiser", ["adamw", "rmsprop"])
 def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, optimiser):
+    pytest.importorskip("safetensors", reason="needs safetensors")
     recipe = replace(
         RECIPE,
         optimiser=optimiser,
@@ -362,6 +363,7 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, optimiser):
 
 
 def test_a_snapshot_of_another_fit_or_a_damaged_one_is_refused(tmp_path):
+    pytest.importorskip("safetensors", reason="needs safetensors")
     snapshot = tmp_path / "snapshot"
     with pytest.raises(ValueError, match="nothing to resume from: no file"):
         fit_tiny(tiny_model(), snapshot=snapshot, resume=True)
@@ -411,6 +413,7 @@ def process(snapshot, out, resume, pause):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_fit_that_is_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+    pytest.importorskip("safetensors", reason="needs safetensors")
     assert process(tmp_path / "a", tmp_path / "whole.pt", False, 0).wait() == 0
     killed = process(tmp_path / "b", tmp_path / "none.pt", False, 0.02)
     assert killed.stdout is not None
