@@ -284,7 +284,9 @@ def test_several_outputs_and_keys(flow, tmp_path):
 
     x = rows(50)
     names = [f"f{i}" for i in range(D)]
-    keys = {"id": pa.array(range(50)), "name": pa.array([f'a,"{i}"' for i in range(50)])}
+    between = ["", ",", '"', "\n", "\r", "\r\n"]
+    called = [f"a{between[i % 6]}{i}" for i in range(49)] + ["\r\n"]
+    keys = {"id": pa.array(range(50)), "name": pa.array(called)}
     columns = dict(zip(names, map(pa.array, x.T), strict=True))
     pq.write_table(pa.table({**keys, **columns}), tmp_path / "x.parquet")
     options = {"outputs": ["z", "log_prob"], "chunk_rows": 20, "batch_rows": 20}
@@ -303,12 +305,12 @@ def test_several_outputs_and_keys(flow, tmp_path):
     with open(tmp_path / "y.csv", newline="") as file:
         head, *body = csv.reader(file)
     assert head == ["id", "name", *(f"z_{i}" for i in range(D)), "log_prob"]
-    assert [line[:2] for line in body] == [[str(i), f'a,"{i}"'] for i in range(50)]
+    assert [line[:2] for line in body] == [[str(i), name] for i, name in enumerate(called)]
     found = np.array([line[2:] for line in body], np.float64).astype(np.float32)
     score(flow, x, tmp_path / "y.npy", **options)
     np.testing.assert_array_equal(found, np.load(tmp_path / "y.npy"))  # no digit is lost
     held = score(flow, tmp_path / "x.parquet", columns=names, keys=["name"]).values["name"]
-    assert list(held) == keys["name"].to_pylist()
+    assert list(held) == called
     with pytest.raises(ValueError, match=r"keys are for \.parquet and \.csv"):
         score(flow, tmp_path / "x.parquet", tmp_path / "k.npy", keys=["id"])
 

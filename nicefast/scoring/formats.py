@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -69,9 +70,7 @@ class CsvSink(FileSink):
     kind = ".csv"
 
     def _header(self) -> bytes:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(self.layout.names)
-        return text.getvalue().encode()
+        return f"{_quoted([self.layout.names])[0]}\n".encode()
 
     def _prepare(self, rank: int, rows: int | None) -> None:
         header = self._header()
@@ -94,13 +93,8 @@ class CsvSink(FileSink):
             columns += value[part].reshape(len(value[part]), -1).T.tolist()
         lines = [self._format % row for row in zip(*columns, strict=True)]
         if piece.keys:
-            keys = [_plain(key[part]) for key in piece.keys.values()]
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator=",")
-            for line, *row in zip(lines, *keys, strict=True):
-                writer.writerow(row)
-                text.write(line + "\n")
-            return text.getvalue()
+            keys = _quoted(zip(*(_plain(key[part]) for key in piece.keys.values()), strict=True))
+            lines = [f"{own},{line}" for own, line in zip(keys, lines, strict=True)]
         return "\n".join(lines) + "\n"
 
     def assemble(self, entries: Iterable[Entry], rows: int) -> Path:
@@ -210,6 +204,16 @@ def _arrow(column: Any) -> Any:
     if isinstance(column, pa.ChunkedArray):
         return column
     return pa.chunked_array([column if isinstance(column, pa.Array) else pa.array(column)])
+
+
+def _quoted(rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Rows as lines of CSV without their ends.
+
+    These are the writer's own: it quotes them within a value, on some Pythons no others.
+    """
+    found: list[str] = []
+    csv.writer(SimpleNamespace(write=found.append)).writerows(rows)
+    return [line.removesuffix("\r\n") for line in found]
 
 
 def _plain(column: Any) -> list[Any]:
