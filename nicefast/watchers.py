@@ -42,8 +42,8 @@ def wants_definition() -> bool:
 
 
 def is_exported() -> bool:
-    """Whether torch.export reads this. (What is_exporting() says, but in torch.compile as well:
-    before PyTorch 2.13 it is true there.)"""
+    """Whether torch.export reads this. (So should is_exporting() say, which with PyTorch 2.11 is
+    true in all that torch.compile reads.)"""
     return torch.compiler._is_exporting_flag
 
 
