@@ -34,6 +34,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _shifted(partition: Any) -> slice | Tensor:
+    """The features of a partition that are shifted; or what is given instead of one."""
+    return partition if isinstance(partition, slice | Tensor) else partition.shifted
+
+
 def additive_coupling(
     x: Tensor, shift: Tensor, partition: Any, inverse: bool = False, bias: Tensor | None = None
 ) -> Tensor:
@@ -45,7 +50,7 @@ def additive_coupling(
     >>> nf.reference.additive_coupling(torch.zeros(4), torch.ones(2), nf.Partition.half(4))
     tensor([0., 0., 1., 1.])
     """
-    features = partition if isinstance(partition, slice | Tensor) else partition.shifted
+    features = _shifted(partition)
     if isinstance(features, slice):
         features = torch.arange(x.shape[-1], device=x.device)[features]
     delta = (shift if bias is None else shift + bias).to(x.dtype)
@@ -56,7 +61,7 @@ def additive_coupling_(
     x: Tensor, shift: Tensor, partition: Any, inverse: bool = False, bias: Tensor | None = None
 ) -> Tensor:
     """:func:`additive_coupling` written over ``x``; only the shifted features are touched."""
-    features = partition if isinstance(partition, slice | Tensor) else partition.shifted
+    features = _shifted(partition)
     delta = shift if bias is None else shift + bias
     if isinstance(features, slice):
         x[..., features].add_(delta, alpha=-1 if inverse else 1)
@@ -68,7 +73,7 @@ def additive_coupling_(
 
 def select_features(x: Tensor, partition: Any) -> Tensor:
     """The shifted features of ``x``, in order: the transpose of a coupling's addition."""
-    features = partition if isinstance(partition, slice | Tensor) else partition.shifted
+    features = _shifted(partition)
     return x[..., features] if isinstance(features, slice) else x.index_select(-1, features)
 
 

@@ -74,6 +74,12 @@ def test_shared_memory_suffices(compiled):
     assert not failures(compiled, "shared memory")
 
 
+def test_every_launch_says_whether_products_and_sums_are_fused():
+    """What happens unsaid depends on the version of Triton."""
+    fused = {c.kernel: dict(c.options).get("enable_fp_fusion") for c in ALL.values()}
+    assert fused == {k: k != "dequantise_kernel" for k in (*KERNELS, *FLOW_KERNELS)}
+
+
 def test_tensor_memory_suffices(compiled):
     assert any(r.tensor_memory for r in compiled.values())
     assert not failures(compiled, "tensor memory")
