@@ -76,7 +76,7 @@ def score_dataset(
         raise TypeError(f"model must be a nicefast.NICE or a path, got {type(flow).__name__}")
     options = {"outputs": tuple(outputs), "seed": seed, "draws": draws, "reference": reference}
     Scorer(flow, steps, features=flow.features, **options)  # what is wrong is said here, not there
-    if steps is not None and steps.discrete and row is None:
+    if steps is not None and steps.noisy and row is None:
         raise ValueError("row must name the column that numbers the rows: integers get noise by it")
     least, most = (workers, workers) if isinstance(workers, int) else workers
     return dataset.map_batches(
