@@ -31,10 +31,10 @@ from .training import Configuration, Epoch, History, fit, initialise
 NOISE_PROTOCOL = (
     "Discrete values become x = low + (level + u) / k (high - low), or level + u in tables, or "
     "value + spacing u in columns of multiples of a spacing, with u uniform on [0, 1). A row's "
-    "log-likelihood is the mean of log p(x) in nats over the noise draws: log_prob on the scale that the flow sees, raw_log_prob on that of level + u or value + "
-    "spacing u. The "
-    "standard error is that of the mean over rows; draw_spread is the standard deviation of the "
-    "mean from one draw to the next. bits/dim = -raw_log_prob / (D ln 2)."
+    "log-likelihood is the mean of log p(x) in nats over the noise draws: log_prob on the scale "
+    "that the flow sees, raw_log_prob on that of level + u or value + spacing u. The standard "
+    "error is that of the mean over rows; draw_spread is the standard deviation of the mean from "
+    "one draw to the next. bits/dim = -raw_log_prob / (D ln 2)."
 )
 GRID, POINTS = 100, 2000
 STATISTICS_ROWS = 20_000  # noise is drawn for the baselines until there are so many rows
