@@ -221,7 +221,8 @@ def _reference(reference: Any) -> np.ndarray:
     if isinstance(reference, str | os.PathLike):
         name = f"reference {Path(reference)}"
         try:
-            reference = np.load(reference, allow_pickle=False)
+            # Not np.load, which allocates what the header promises.
+            reference = np.lib.format.open_memmap(reference, mode="r")
         except (OSError, ValueError) as problem:
             raise ValueError(f"{name} is not a readable .npy file: {problem}") from None
     if isinstance(reference, Tensor):

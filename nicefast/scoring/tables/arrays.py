@@ -24,7 +24,7 @@ from .base import STEP, Array, Dtype, Piece, flat, spans
 from .files import Mapped, guarded, kind_of
 from .selection import Wanted, of_array
 
-PROBE_SECONDS = 60
+PROBE, PROBE_SECONDS = Path(__file__).with_name("probe.py"), 60
 _Open = Callable[[], AbstractContextManager[IO[bytes]]]
 
 Reader = Callable[[Iterator[tuple[int, int]]], Iterator[Array]]
@@ -253,10 +253,9 @@ def hdf5(path: Path, key: str | None, wanted: Wanted) -> Rows:
 def _probed(path: Path, key: str | None) -> dict[str, Any]:
     """What :mod:`.probe` says of the file, from a process that a damaged file may end."""
     request = {"sys_path": sys.path, "path": str(path), "key": key}
-    script = Path(__file__).with_name("probe.py")
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", str(script)],
+            [sys.executable, "-I", "-S", str(PROBE)],
             input=json.dumps(request).encode(),
             capture_output=True,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},

@@ -92,16 +92,16 @@ def describe(dataset: object, name: str, path: str) -> dict[str, object]:
         return {"wrong": f"dataset {name!r} has {how} storage, its values are in other files"}
     shape, dtype, chunks = d.shape, d.dtype, d.chunks  # type: ignore[attr-defined]
     row = math.prod(shape[1:]) * dtype.itemsize
+    chunk = math.prod(chunks) * dtype.itemsize if chunks else 0
     found = {
         "name": name,
         "shape": list(shape),
         "dtype": dtype.str,
         "row": row,
-        "chunk": math.prod(chunks) * dtype.itemsize if chunks else 0,
+        "chunk": chunk,
     }
     small = os.path.getsize(path) <= READ_WHOLE
-    held = max(row, int(found["chunk"]))  # type: ignore[call-overload]
-    if dtype.kind in "fiub" and small and 0 < row and held <= MOST_READ:
+    if dtype.kind in "fiub" and small and row and max(row, chunk) <= MOST_READ:
         step = max(1, STEP // row)
         for start in range(0, min(shape[0], MOST_READ // row), step):
             d[start : start + step]  # type: ignore[index]
