@@ -36,15 +36,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Rows(NamedTuple):
-    """Rows as they came, without constant columns, and which of these hold integers."""
+    """Rows as they came, without constant columns, and the width of each column's noise."""
 
     train: Array
     validation: Array
     test: Array
-    integers: Array
+    spacing: Array
 
     def noised(self) -> tuple[Array, Array, Array]:
-        return tuple(with_noise(rows, self.integers) for rows in self[:3])  # type: ignore[return-value]
+        return tuple(with_noise(rows, self.spacing) for rows in self[:3])  # type: ignore[return-value]
 
 
 class Found(NamedTuple):
@@ -72,7 +72,7 @@ def flow(rows: Rows, seed: int, **options: Any) -> Found:
     share = len(rows.validation) / len(both)
     density = NICEDensity(validation_fraction=share, random_state=seed, **options)
     _, fit = timed(lambda: density.fit(both))
-    test = with_noise(rows.test, rows.integers)
+    test = with_noise(rows.test, rows.spacing)
     scores, score = timed(lambda: density.score_samples(test))
     narrow = copy.deepcopy(density)
     narrow.model_.float()

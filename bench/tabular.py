@@ -26,7 +26,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from nicefast.data import DATASETS, inventory
 from nicefast.data.sources import paths_in
-from nicefast.sklearn.columns import constant_columns, integer_columns
+from nicefast.sklearn.columns import constant_columns, noise_spacings
 
 from . import estimators
 from .estimators import Array, Found, Rows
@@ -119,7 +119,7 @@ def _anomalies(name: str, x: Array, y: Array, seed: int, quick: bool) -> Iterato
     chosen = np.random.RandomState(seed).permutation(len(x))[: QUICK_ROWS if quick else ROWS]
     rows, labels = split(x[chosen], y[chosen], seed, *SHARES["large"])
     normal = Rows(
-        rows.train[labels[0] == 0], rows.validation[labels[1] == 0], rows.test, rows.integers
+        rows.train[labels[0] == 0], rows.validation[labels[1] == 0], rows.test, rows.spacing
     )
     anomalous = labels[2] == 1
     ways = _ways(normal, seed, quick, QUICK_FIT if quick else LARGE_FIT)
@@ -155,8 +155,8 @@ def split(
     ends = np.cumsum([round(share * len(x)) for share in (train, validation)])
     parts = np.split(order, ends)
     kept = np.setdiff1d(np.arange(x.shape[1]), constant_columns(x[parts[0]]))
-    integers = integer_columns(x[:, kept], "auto", str)
-    made = Rows(*(x[part][:, kept] for part in parts), integers)
+    spacing = noise_spacings(x[:, kept], "auto", str)
+    made = Rows(*(x[part][:, kept] for part in parts), spacing)
     return made, tuple(y[part] for part in parts)  # type: ignore[return-value]
 
 
@@ -176,7 +176,7 @@ def _record(
         "choice": way.choice,
         "rows": [len(part) for part in rows[:3]],
         "columns": rows.test.shape[1],
-        "integer_columns": len(rows.integers),
+        "integer_columns": int((rows.spacing > 0).sum()),
     }
 
 

@@ -73,7 +73,7 @@ class Evaluation(NamedTuple):
         log_prob: mean log-density of the preprocessed rows, the scale that the paper reports.
         standard_error: of that mean, over rows.
         raw_log_prob: mean log-density on the raw scale: of the values as they came, of
-            ``level + u`` for discrete data.
+            ``level + u`` for discrete data, of ``value + spacing u`` in columns with a spacing.
         bits_per_dim: ``-raw_log_prob / (D ln 2)`` for discrete data, otherwise None.
         draw_spread: standard deviation of the mean from one noise draw to the next; 0 for one.
         rows, draws, seed: how many rows, noise draws for each, and the seed of the noise.
@@ -94,8 +94,9 @@ def evaluate(
 ) -> Evaluation:
     """Mean log-likelihood of ``rows``, in float32 or better whatever is in force.
 
-    Discrete rows are dequantised ``draws`` times with noise from ``seed``; a row's log-likelihood
-    is the mean of ``log p`` over its draws. Continuous rows are scored once.
+    Rows with columns of integers or other multiples of a spacing are dequantised ``draws`` times
+    with noise from ``seed``; a row's log-likelihood is the mean of ``log p`` over its draws. Rows
+    of real values are scored once.
 
     Args:
         model: a flow or a baseline, of preprocessed rows.
@@ -120,7 +121,7 @@ def evaluate(
     if rows.ndim < 1 or len(rows) < 2:
         raise ValueError(f"rows must be two or more, got shape {tuple(rows.shape)}")
     discrete = not rows.is_floating_point()
-    draws = draws if discrete else 1
+    draws = draws if preprocessing.noisy else 1
     with at_precision("float32", device_of(model)):
         scores, raw = row_scores(model, rows, preprocessing, draws, seed)
     mean = scores.mean(0)

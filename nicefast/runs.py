@@ -29,11 +29,12 @@ from .ranks import Ranks
 from .training import Configuration, Epoch, History, fit, initialise
 
 NOISE_PROTOCOL = (
-    "Discrete values become x = low + (level + u) / k (high - low), or level + u in tables, with u "
-    "uniform on [0, 1). A row's log-likelihood is the mean of log p(x) in nats over the noise "
-    "draws: log_prob on the scale that the flow sees, raw_log_prob on that of level + u. The "
-    "standard error is that of the mean over rows; draw_spread is the standard deviation of the "
-    "mean from one draw to the next. bits/dim = -raw_log_prob / (D ln 2)."
+    "Discrete values become x = low + (level + u) / k (high - low), or level + u in tables, or "
+    "value + spacing u in columns of multiples of a spacing, with u uniform on [0, 1). A row's "
+    "log-likelihood is the mean of log p(x) in nats over the noise draws: log_prob on the scale "
+    "that the flow sees, raw_log_prob on that of level + u or value + spacing u. The standard "
+    "error is that of the mean over rows; draw_spread is the standard deviation of the mean from "
+    "one draw to the next. bits/dim = -raw_log_prob / (D ln 2)."
 )
 GRID, POINTS = 100, 2000
 STATISTICS_ROWS = 20_000  # noise is drawn for the baselines until there are so many rows
@@ -223,7 +224,7 @@ def write_run(folder: Path, run: Run) -> list[str]:
 def _training_rows(data: Dataset, preprocessing: Preprocessing, config: Configuration) -> Tensor:
     """Preprocessed training rows, for statistics: with several noise draws where rows are few."""
     draws = max(1, min(config.noise_draws, STATISTICS_ROWS // len(data.train)))
-    draws = draws if data.discrete else 1
+    draws = draws if preprocessing.noisy else 1
     return torch.cat(
         [
             preprocessing.forward(data.train, config.seed, draw * len(data.train))[0]
@@ -256,8 +257,13 @@ def _result(run: Run) -> dict[str, Any]:
             "rows": {name: len(rows) for name, rows in splits.items()},
         },
         "preprocessing": run.preprocessing.describe(),
-        "noise": {"draws": score.draws, "seed": score.seed, "protocol": NOISE_PROTOCOL}
-        if data.discrete
+        "noise": {
+            "draws": score.draws,
+            "seed": score.seed,
+            "spacing": run.preprocessing.spacing,
+            "protocol": NOISE_PROTOCOL,
+        }
+        if run.preprocessing.noisy
         else None,
         "fit": {
             "epochs": len(history.epochs),

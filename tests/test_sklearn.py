@@ -25,7 +25,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from nicefast.data import load_data
 from nicefast.sklearn import NICEClassifier, NICEDensity
-from nicefast.sklearn.columns import integer_columns, labels, with_noise
+from nicefast.sklearn.columns import labels, noise_spacings, with_noise
 
 QUICK = {"hidden": (8,), "couplings": 2, "epochs": 2, "random_state": 0}
 #: checks of scikit-learn's that are expected to fail, with the reason: there are none
@@ -108,7 +108,7 @@ def test_fits_better_than_a_gaussian_where_it_should():
 
 
 def test_score_is_the_mean_and_like_the_model_itself(iris):
-    x, _ = iris
+    x = iris[0] + np.random.RandomState(0).uniform(0, 0.1, iris[0].shape)  # real values
     density = NICEDensity(**QUICK).fit(x)
     scores = density.score_samples(x)
     assert scores.dtype == np.float64
@@ -135,7 +135,7 @@ def test_only_integer_columns_get_noise():
     x = table()
     density = NICEDensity(**QUICK).fit(x)
     assert density.integer_columns_.tolist() == [0, 1]
-    y = with_noise(x, density.integer_columns_)
+    y = with_noise(x, density.spacings_)
     np.testing.assert_array_equal(np.floor(y[:, :2]), x[:, :2])
     np.testing.assert_array_equal(y[:, 2:], x[:, 2:])
     # rows that have their noise already are scored as they are
@@ -149,25 +149,25 @@ def test_only_integer_columns_get_noise():
 
 def test_noise_is_the_rows_own_and_uniform():
     x = np.arange(20_000.0).reshape(-1, 2)
-    u = with_noise(x, [0, 1]) - x
+    u = with_noise(x, np.ones(2)) - x
     assert (u >= 0).all()
     assert (u < 1).all()
     assert u.mean() == pytest.approx(0.5, abs=0.01)
     assert u.var() == pytest.approx(1 / 12, abs=0.002)
     assert abs(np.corrcoef(u.T)[0, 1]) < 0.03
-    np.testing.assert_array_equal(with_noise(x[::-1], [0, 1])[::-1], x + u)
-    assert not np.array_equal(with_noise(x, [0, 1], draw=1), x + u)
+    np.testing.assert_array_equal(with_noise(x[::-1], np.ones(2))[::-1], x + u)
+    assert not np.array_equal(with_noise(x, np.ones(2), draw=1), x + u)
 
 
 def test_large_floats_are_no_integers():
     x = np.array([[1e15, 1.0], [2e15, 3.0]])
-    assert integer_columns(x, "auto", labels(None)).tolist() == [1]
+    assert noise_spacings(x, "auto", labels(None)).tolist() == [0, 1]
 
 
 def test_score_over_several_draws_is_their_mean():
     x = table()
     one = NICEDensity(**QUICK).fit(x)
-    scores = [one._flow.log_prob(with_noise(x, one.integer_columns_, draw)) for draw in range(3)]
+    scores = [one._flow.log_prob(with_noise(x, one.spacings_, draw)) for draw in range(3)]
     np.testing.assert_allclose(
         one.set_params(noise_draws=3).score_samples(x), np.mean(scores, 0), rtol=1e-12
     )
@@ -307,7 +307,7 @@ def test_classifier_is_bayes_rule(iris):
     for density in ("nice", "gaussian"):
         nice = NICEClassifier(**QUICK, density=density).fit(x, np.array(["a", "b", "c"])[y])
         joint = nice.predict_joint_log_proba(x)
-        noised = with_noise(x, nice.integer_columns_)
+        noised = with_noise(x, nice.spacings_)
         own = np.stack([d.log_prob(noised) for d in nice._densities], 1)
         np.testing.assert_allclose(joint, own + np.log(1 / 3))
         proba = np.exp(joint) / np.exp(joint).sum(1, keepdims=True)
@@ -325,6 +325,7 @@ def test_gaussian_classes_are_those_of_maximum_likelihood():
     x, y = load_breast_cancer(return_X_y=True)
     x = x[:, :5]
     nice = NICEClassifier(density="gaussian", reg=0).fit(x, y)
+    x = with_noise(x, nice.spacings_)
     for k in (0, 1):
         gaussian = GaussianMixture(reg_covar=0).fit(x[y == k])
         np.testing.assert_allclose(

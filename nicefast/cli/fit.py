@@ -189,14 +189,21 @@ def _report(screen: Console, run: Run, files: list[str], out: Path) -> None:
     for note in run.notes:
         screen.print(note, soft_wrap=True)
     screen.print(f"best epoch {history.best.epoch} of {len(history.epochs)} ({stopped})\n")
-    screen.print(_table(run.data, run.held_out, "+-" if screen.options.ascii_only else "±"))
+    screen.print(
+        _table(
+            run.data,
+            run.preprocessing.noisy,
+            run.held_out,
+            "+-" if screen.options.ascii_only else "±",
+        )
+    )
     screen.print(f"\nwrote {out}: {', '.join(files)}", soft_wrap=True)
     screen.print("model.safetensors, loaded again, scores held-out rows exactly the same")
 
 
-def _table(data: Dataset, held_out: Any, plus_minus: str) -> Table:
+def _table(data: Dataset, noisy: bool, held_out: Any, plus_minus: str) -> Table:
     score: Evaluation = held_out["NICE"]
-    noise = f", {score.draws} noise draws each (seed {score.seed})" if data.discrete else ""
+    noise = f", {score.draws} noise draws each (seed {score.seed})" if noisy else ""
     table = Table(title=f"{data.name}: {score.rows:,} held-out rows{noise}", title_style="bold")
     table.add_column("density")
     table.add_column("log-likelihood (nats)", justify="right")

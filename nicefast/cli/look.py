@@ -165,7 +165,7 @@ def density_command(
         low, high = raw.amin(0) - margin, raw.amax(0) + margin
 
         def learned(points: Tensor) -> Tensor:
-            x, log_det = steps.forward(points.float())
+            x, log_det = steps.exact(points.float())
             with torch.no_grad():
                 return model.log_prob(x.to(device)).cpu().double() + log_det
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_path
+from ..spacing import column_spacings
 from . import sources
 from .readers import has_format, read
 from .sources import Entry, Source, entry_of, not_found, paths_in, roots
@@ -42,7 +43,8 @@ class Dataset:
         levels: ``k``, where the rows hold integers 0 .. k-1 that are to be dequantised; ``None``
             for a table of other integers and for continuous data.
         train, validation, test: tensors (N, \\*event_shape); uint8 (int32 where k > 256) for
-            k-level data, int32 for a table of integers, float32 for continuous data.
+            k-level data, int32 for a table of integers, float32 for continuous data; float64 where
+            float32 would round values and columns of them have a spacing.
     """
 
     name: str
@@ -73,9 +75,11 @@ def load_data(
     """Load a data set by its name, or from the path of any file that :func:`readers.read` reads.
 
     Named sets have their official split. Another file has two or more dimensions, rows first, and
-    is split by :func:`split_rows`. Its floating-point values are continuous data and stay as they
-    are (float32); integers from 0 to less than 65,536 are levels, ``k = max + 1``, and bools two
-    levels; other integers are a table of integers (int32, ``levels=None``).
+    is split by :func:`split_rows`. Its floating-point values stay as they are (float32; float64
+    where that would round them and columns have a spacing, as
+    :func:`nicefast.spacing.column_spacings` finds it); integers from 0 to less than 65,536 are
+    levels, ``k = max + 1``, and bools two levels; other integers, and tables in which a column has
+    a spacing above 1, are a table of integers (int32, ``levels=None``).
 
     Args:
         source: a name in ``DATASETS``, or a path.
@@ -185,12 +189,15 @@ def _rows(path: Path, values: _Array) -> tuple[Tensor, int | None]:
             floats = _tensor(values, np.float32)
         if not (floats.min().isfinite() and floats.max().isfinite()):
             raise ValueError(f"{path}: holds values that are not finite in float32")
+        if not np.array_equal(floats.numpy(), values) and column_spacings(values).any():
+            return _tensor(values, np.float64), None
         return floats, None
 
     low, high = int(values.min()), int(values.max())
     if low == high:
         raise ValueError(f"{path}: expected integers that differ, got {low} everywhere")
-    if low >= 0 and high < MAX_LEVELS:
+    scaled = values.ndim == 2 and (column_spacings(values) > 1).any()
+    if low >= 0 and high < MAX_LEVELS and not scaled:
         return _tensor(values, np.uint8 if high < 256 else np.int32), high + 1
     if not -(2**31) <= low <= high < 2**31:
         raise ValueError(f"{path}: expected 32-bit integers, got values from {low} to {high}")

@@ -13,7 +13,7 @@ import mmap
 import struct
 import zipfile
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,6 +23,9 @@ import numpy as np
 from .matlab import BLOCK, WrongError, elements
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+
+HELD, EXPANSION = 1 << 28, 256  # bytes, and times a file's size, that may be held at once
+MOST_LINE = 1 << 22  # characters in a row of a CSV file
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,54 @@ def has_format(path: str | Path) -> bool:
     (True, False)
     """
     return Path(path).suffix.lower() in _READERS
+
+
+def check_held(path: Path, what: str, size: int) -> None:
+    """WrongError where ``what``, which has to be in memory at once, takes more than can be meant.
+
+    That is 256 MiB, or 256 times the file's size where this is more.
+    """
+    found = path.stat().st_size
+    if size > max(HELD, EXPANSION * found):
+        raise WrongError(f"{what} would take {size} bytes of memory, in a file of {found}")
+
+
+def check_parquet(path: Path, file: Any) -> None:
+    """WrongError where a column in a row group would take more memory than can be meant."""
+    meta = file.metadata
+    for i in range(meta.num_row_groups):
+        for j in range(meta.num_columns):
+            column = meta.row_group(i).column(j)
+            what = f"column {column.path_in_schema!r} in row group {i}"
+            check_held(path, what, column.total_uncompressed_size)
+            if meta.schema.column(j).max_repetition_level:  # a row may have all of them
+                check_held(path, what, column.num_values * 8)
+
+
+def csv_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, list[str]]]:
+    """The number of the last line and the cells of each row that has any.
+
+    WrongError for a row of more than 4 MiB, before more of it is read.
+    """
+    held = 0
+    with path.open(encoding="utf-8-sig", errors=errors, newline="") as text:
+
+        def lines() -> Iterator[str]:
+            nonlocal held
+            while line := text.readline(MOST_LINE + 1):
+                held += len(line)
+                if held > MOST_LINE:
+                    raise WrongError(
+                        f"line {rows.line_num + 1}: expected rows of at most {MOST_LINE} "
+                        f"characters, found a longer one"
+                    )
+                yield line
+
+        rows = csv.reader(lines())
+        for cells in rows:
+            held = 0
+            if cells:
+                yield rows.line_num, cells
 
 
 def _check_dtype(dtype: np.dtype) -> None:
@@ -205,6 +256,7 @@ def _npz(path: Path, key: str | None) -> Content:
 
 def _member(archive: zipfile.ZipFile, name: str) -> _Array:
     # Not np.load, which allocates what the member's header promises.
+    check_packing(archive.getinfo(f"{name}.npy"))
     with archive.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         header = {(1, 0): np.lib.format.read_array_header_1_0}.get(
@@ -215,6 +267,15 @@ def _member(archive: zipfile.ZipFile, name: str) -> _Array:
         data = _payload(stream, math.prod(shape) * dtype.itemsize)
         values = _array(data, dtype, shape[::-1] if columns_first else shape)
         return values.T if columns_first else values
+
+
+def check_packing(member: zipfile.ZipInfo) -> None:
+    """WrongError for other compressions than NumPy's, which may expand much further."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise WrongError(
+            f"array {member.filename.removesuffix('.npy')!r}: expected a member that is stored or "
+            f"deflated, found compression type {member.compress_type}"
+        )
 
 
 def _choose(names: list[str], usual: tuple[str, ...], key: str | None) -> str:
@@ -239,27 +300,22 @@ def _csv(path: Path, _: str | None) -> Content:
     columns: tuple[str, ...] | None = None
     width = 0
     numbers: array = array("q")  # 64-bit integers, until a cell is none
-    with path.open(encoding="utf-8-sig", newline="") as text:
-        lines = csv.reader(text)
-        for cells in lines:
-            if not cells:
+    for line, cells in csv_rows(path):
+        row = _numbers(cells)
+        if not width:
+            width = len(cells)
+            if row is None and all(_numbers([cell]) is None for cell in cells):
+                columns = tuple(cell.strip() for cell in cells)
                 continue
-            row = _numbers(cells)
-            if not width:
-                width = len(cells)
-                if row is None and all(_numbers([cell]) is None for cell in cells):
-                    columns = tuple(cell.strip() for cell in cells)
-                    continue
-            if len(cells) != width:
-                found = f"line {lines.line_num}: expected {width} cells, found {len(cells)}"
-                raise WrongError(found)
-            if row is None:
-                at = next(i for i, cell in enumerate(cells) if _numbers([cell]) is None)
-                found = f"line {lines.line_num}, column {at + 1}: expected a number"
-                raise WrongError(f"{found}, found {cells[at][:40]!r}")
-            if numbers.typecode == "q" and row.typecode == "d":
-                numbers = array("d", numbers)
-            numbers.extend(row if row.typecode == numbers.typecode else array("d", row))
+        if len(cells) != width:
+            raise WrongError(f"line {line}: expected {width} cells, found {len(cells)}")
+        if row is None:
+            at = next(i for i, cell in enumerate(cells) if _numbers([cell]) is None)
+            found = f"line {line}, column {at + 1}: expected a number"
+            raise WrongError(f"{found}, found {cells[at][:40]!r}")
+        if numbers.typecode == "q" and row.typecode == "d":
+            numbers = array("d", numbers)
+        numbers.extend(row if row.typecode == numbers.typecode else array("d", row))
     values = np.array(numbers, np.int64 if numbers.typecode == "q" else np.float64)
     return Content(values.reshape(-1, width or 1), None, columns)
 
@@ -288,6 +344,9 @@ def _parquet(path: Path, _: str | None) -> Content:
             if not any(is_type(field.type) for is_type in real):
                 wanted = f"column {field.name!r}: expected integers, floats or bools"
                 raise WrongError(f"{wanted}, got {field.type}")
+        check_parquet(path, file)
+        meta = file.metadata
+        check_held(path, "its values", meta.num_rows * meta.num_columns * 8)
         table = file.read()
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count:

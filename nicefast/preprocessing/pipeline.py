@@ -1,8 +1,9 @@
 """Preprocessing: recorded, invertible steps from raw rows to what a flow sees, and back.
 
 Raw rows are integers or real values as a data set holds them. The raw scale, on which densities are
-comparable whatever the steps are, is that of ``level + u``, u uniform on [0, 1), for integers, and
-that of the values themselves for real ones: ``log p_raw = log p_x + log_det``.
+comparable whatever the steps are, is that of ``level + u``, u uniform on [0, 1), for integers, that
+of ``value + spacing u`` in columns of multiples of a spacing, and that of the values themselves for
+real ones: ``log p_raw = log p_x + log_det``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .. import tensorfile
 from ..checks import check_type
+from ..spacing import column_spacings
 from .moments import FIT_ROWS, Rows, wide
 from .transforms import Dequantise, Logit, Rescale, Standardise, Step, constant
 from .whitening import Whiten
@@ -70,7 +72,9 @@ class Preprocessing:
             steps: names, or names with options, or steps: ``["dequantise", "standardise"]``,
                 ``["dequantise", {"whiten": {"kind": "zca", "epsilon": 1e-2}}]``,
                 ``[{"dequantise": {"low": -1, "high": 1}}]``. Options are those of each step's
-                ``fit``. A "dequantise" without options is left out for real values.
+                ``fit``. A "dequantise" without options gives each column of a table the noise of
+                its own spacing, as :func:`nicefast.spacing.column_spacings` finds it, and is left
+                out where all columns are real.
             raw: (N, \\*event_shape), training rows: integers or real values.
             levels: k, for integers 0 .. k-1; None for others.
             seed: of the noise that integers get meanwhile, 0 <= seed < 2^63.
@@ -98,8 +102,9 @@ class Preprocessing:
                         f"'dequantise' with options is for integers, got {raw.dtype}: "
                         f"use 'rescale' to give real values a range"
                     )
-                if not real:
-                    made.append(Dequantise(levels, **options))
+                spacing = None if options or levels is not None else _spacing(raw)
+                if not real or spacing is not None:
+                    made.append(Dequantise(levels, **options, spacing=spacing))
                 continue
             before = cls(tuple(made))
             before._check_kind(raw)
@@ -110,8 +115,18 @@ class Preprocessing:
 
     @property
     def discrete(self) -> bool:
-        """Whether raw rows are integers."""
+        """Whether raw rows are integers throughout, with a spacing of 1."""
+        return self._noise is not None and self._noise.spacing is None
+
+    @property
+    def noisy(self) -> bool:
+        """Whether raw rows get noise, from which a seed and row numbers tell: a Dequantise."""
         return self._noise is not None
+
+    @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """The spacing of each column, 0 for a real one, where columns have their own."""
+        return None if self._noise is None else self._noise.spacing
 
     @property
     def _noise(self) -> Dequantise | None:
@@ -121,8 +136,8 @@ class Preprocessing:
     def forward(self, raw: Tensor, seed: int = 0, row_offset: int = 0) -> tuple[Tensor, Tensor]:
         """``(x, log_det)``: float32 like ``raw``, and log |det dx / d raw| (N,), float64 nats.
 
-        Integers get the noise of rows ``row_offset`` to ``row_offset + N`` of the seed's stream;
-        without integers both are ignored. Differentiable for real values.
+        What is dequantised gets the noise of rows ``row_offset`` to ``row_offset + N`` of the
+        seed's stream; otherwise both are ignored. Differentiable for real values.
 
         Raises:
             TypeError: integers where there is no Dequantise, or real values where there is one.
@@ -134,8 +149,22 @@ class Preprocessing:
         x, log_det = self._flat(raw.flatten(1), seed, row_offset)
         return x.to(torch.float32).view(raw.shape), log_det
 
+    def exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` of rows that have their noise, in the dtype of ``x``: ``(y, log_det)``.
+
+        Args:
+            x: (N, D), float32 or float64, on the raw scale.
+
+        ValueError for rows of another size than was fitted.
+        """
+        if self._noise is None:
+            return self._flat(x, 0, 0)
+        y, before = self._noise.exact(x)
+        y, log_det = Preprocessing(self.steps[1:])._flat(y, 0, 0)
+        return y, before + log_det
+
     def inverse(self, x: Tensor) -> Tensor:
-        """Back to raw values (``level + u`` for integers), like ``x`` in shape and dtype.
+        """Back to the raw scale (``level + u`` for integers), like ``x`` in shape and dtype.
 
         TypeError for integers, ValueError for rows of another size than was fitted.
         """
@@ -150,12 +179,16 @@ class Preprocessing:
     def levels(self, x: Tensor) -> Tensor:
         """The integers that ``x`` came of, or for samples would have: floored and clamped.
 
-        uint8 up to 256 levels, else int32. ValueError where raw values are real; NaN gives any.
+        uint8 up to 256 levels, else int32. Where columns have spacings of their own, multiples of
+        these, float64, real columns as they are. ValueError where all are real; NaN gives any.
         """
         if self._noise is None:
             raise ValueError("levels need a first step 'dequantise': raw values are real here")
         k = self._noise.levels
-        raw = self.inverse(wide(x)).floor()
+        raw = self.inverse(wide(x))
+        if self.spacing is not None:
+            return self._noise.without_noise(raw.flatten(1)).view(raw.shape).to(x.device)
+        raw = raw.floor()
         low, high = (0, k - 1) if k is not None else (-MAX_LEVEL, MAX_LEVEL)
         dtype = torch.uint8 if k is not None and k <= 256 else torch.int32
         return raw.clamp(low, high).to(dtype).to(x.device)
@@ -266,7 +299,7 @@ class Preprocessing:
             raise TypeError(
                 f"raw must hold integers, to which 'dequantise' adds noise; got {raw.dtype}"
             )
-        if not self.discrete and not raw.is_floating_point():
+        if not self.noisy and not raw.is_floating_point():
             raise TypeError(
                 f"raw of {raw.dtype} needs 'dequantise' as the first step: integers have no density"
             )
@@ -303,6 +336,16 @@ def _read(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             known = ", ".join(takes) or "none"
             raise ValueError(f"step {name!r} has no option {option!r}; it takes {known}")
     return name, dict(options)
+
+
+def _spacing(raw: Tensor) -> tuple[float, ...] | None:
+    """Of each column, where not all are real, or integers with the spacing 1."""
+    raw = raw.detach().cpu()
+    known = not raw.is_floating_point() or raw.dtype in (torch.float32, torch.float64)
+    found = column_spacings((raw if known else raw.float()).numpy())
+    if not raw.is_floating_point() and (found == 1).all():
+        return None
+    return tuple(found.tolist()) if found.any() else None
 
 
 def _check_raw(raw: Tensor) -> None:

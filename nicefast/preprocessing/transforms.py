@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..spacing import multiples_below, on_grid
 from .moments import Rows, blocks, moments, wide
 
 
@@ -41,15 +42,23 @@ class Step(Protocol):
 class Dequantise:
     """``x = low + (level + u) / k * (high - low)`` with uniform noise; with no k, ``level + u``.
 
-    The determinant is taken from the raw scale ``level + u``: it is ``D log((high - low) / k)``,
-    and 0 with no k. See :func:`nicefast.functional.dequantise` for what the noise depends on.
+    With ``spacing``, the columns of a table get noise of their own width: ``value + spacing_d u``,
+    where a value is a multiple of its column's spacing, to rounding; others stay as they are, as
+    all do in a column whose spacing is 0.
+
+    The determinant is taken from the raw scale, ``level + u`` or ``value + spacing_d u``: it is
+    ``D log((high - low) / k)``, and 0 with no k. See :func:`nicefast.functional.dequantise` for
+    what the noise depends on; with ``spacing``, d counts the columns that have one.
 
     Args:
         levels: k, or None for integers of any range.
         low, high: the range of x.
+        spacing: (D,), of each column (:func:`nicefast.spacing.column_spacings`), for tables of
+            integers or real values; None for integers that all have the spacing 1.
 
     Raises:
-        ValueError, TypeError: as :func:`nicefast.functional.dequantise` does.
+        ValueError, TypeError: as :func:`nicefast.functional.dequantise` does; spacings that are
+            negative, not finite or all 0, or that come with levels; rows of another width.
 
     >>> x, log_det = Dequantise(4).forward(torch.tensor([[0, 3]]))
     >>> x.mul(4).floor(), log_det
@@ -59,17 +68,23 @@ class Dequantise:
     levels: int | None
     low: float = 0.0
     high: float = 1.0
+    spacing: tuple[float, ...] | None = None
     name: ClassVar[str] = "dequantise"
 
     def __post_init__(self) -> None:
         check_numbers(low=self.low, high=self.high)
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", _spacings(self.spacing))
+            if self.levels is not None:
+                raise ValueError(f"spacing is for columns without levels, got {self.levels} levels")
         functional.dequantise(
             torch.zeros((0, 1), dtype=torch.uint8), self.levels, low=self.low, high=self.high
         )
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"levels": self.levels, "low": self.low, "high": self.high}
+        own = {} if self.spacing is None else {"spacing": list(self.spacing)}
+        return {"levels": self.levels, "low": self.low, "high": self.high, **own}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -81,7 +96,12 @@ class Dequantise:
         return 1.0 if self.levels is None else (self.high - self.low) / self.levels
 
     def forward(self, x: Tensor, seed: int = 0, row_offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Integers x (N, D) with the noise of rows ``row_offset`` to ``row_offset + N``."""
+        """Rows x (N, D) with the noise of rows ``row_offset`` to ``row_offset + N``.
+
+        x holds integers; with ``spacing`` integers or real values, and y is float64.
+        """
+        if self.spacing is not None:
+            return self._spaced(x, seed, row_offset), constant(x, 0.0)
         y = functional.dequantise(
             x, self.levels, seed=seed, row_offset=row_offset, low=self.low, high=self.high
         )
@@ -91,7 +111,50 @@ class Dequantise:
         """``level + u``: the raw value, its floor being the level."""
         return y if self.levels is None else (y - self.low) / self.scale
 
+    def exact(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` makes of raw values (N, D) that have their noise."""
+        y = raw if self.levels is None else self.low + raw * self.scale
+        return y, constant(raw, raw.shape[1] * math.log(self.scale))
+
+    def without_noise(self, raw: Tensor) -> Tensor:
+        """The values (N, D) that raw ones with their noise came of: multiples of the spacing."""
+        if self.spacing is None:
+            return raw.floor()
+        columns, spacing = self._columns(raw)
+        found = raw.clone()
+        found[:, columns] = multiples_below(raw[:, columns], spacing)
+        return found
+
+    def _spaced(self, x: Tensor, seed: int, row_offset: int) -> Tensor:
+        columns, spacing = self._columns(x)
+        values = wide(x)
+        zeros = torch.zeros((len(x), len(columns)), dtype=torch.uint8, device=values.device)
+        u = functional.dequantise(zeros, None, seed=seed, row_offset=row_offset).to(values.dtype)
+        chosen = values[:, columns]
+        noise = torch.where(on_grid(chosen.detach(), spacing), u * spacing, torch.zeros_like(u))
+        return values.index_add(1, columns, noise)
+
+    def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers and spacings of the columns that have one."""
+        assert self.spacing is not None
+        if x.ndim != 2 or x.shape[1] != len(self.spacing):
+            raise ValueError(
+                f"rows must have {len(self.spacing)} features, got shape {tuple(x.shape)}"
+            )
+        every = wide(torch.tensor(self.spacing, dtype=torch.float64, device="cpu"))
+        place = wide(x[:0]).device
+        columns = every.nonzero().flatten()
+        return columns.to(place), every[columns].to(place)
+
     def describe(self) -> str:
+        if self.spacing is not None:
+            noisy = [s for s in self.spacing if s]
+            widths = [f"{s:g}" for s in sorted(set(noisy))]
+            shown = ", ".join(widths[:8]) + (", ..." if len(widths) > 8 else "")
+            return (
+                f"dequantise: {len(noisy)} of {len(self.spacing)} columns + spacing u, u uniform "
+                f"on [0, 1), spacing {shown}"
+            )
         if self.levels is None:
             return "dequantise: integers + u, u uniform on [0, 1)"
         low, high = f"{self.low:g}", f"{self.high:g}"
@@ -303,6 +366,18 @@ def check_numbers(**numbers: Any) -> None:
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _spacings(spacing: Any) -> tuple[float, ...]:
+    if not isinstance(spacing, tuple | list) or not spacing:
+        raise TypeError(f"spacing must be numbers, one for each column, got {spacing!r}")
+    for value in spacing:
+        check_numbers(spacing=value)
+        if value < 0:
+            raise ValueError(f"spacing must not be negative, got {value}")
+    if not any(spacing):
+        raise ValueError("spacing must be above 0 in some column")
+    return tuple(map(float, spacing))
 
 
 def check_vectors(**vectors: Any) -> None:

@@ -22,6 +22,7 @@ from .sinks import Layout
 
 OUTPUTS = ("log_prob", "bits_per_dim", "z", "terms", "gradient", "percentile")
 WIDE = ("z", "terms", "gradient")  # D numbers for each row
+NARROW = ("float32", "float16", "bfloat16", "uint8", "int8", "uint16", "int16", "bool")
 DRAW = 1 << 40  # row i of draw d has the noise of row d * DRAW + i
 
 
@@ -86,7 +87,7 @@ class Scorer:
         self.preprocessing = preprocessing
         self.features, self.seed = features, seed
         self.discrete = preprocessing is not None and preprocessing.discrete
-        self.draws = draws if self.discrete else 1
+        self.draws = draws if preprocessing is not None and preprocessing.noisy else 1
         self.dtype = dtype_of(model)
         plain = preprocessing is None and isinstance(model, nn.Module)
         self.scalar = self.dtype if plain else torch.float64
@@ -105,8 +106,8 @@ class Scorer:
         text = str(dtype).removeprefix("torch.")
         if self.discrete and "float" not in text:
             return getattr(torch, text) if text in ("uint8", "int16", "int32") else torch.int64
-        double = "float64" in text and self.preprocessing is not None
-        return torch.float64 if double else self.dtype
+        exact = text in NARROW or self.preprocessing is None  # what float32 holds without rounding
+        return self.dtype if exact else torch.float64
 
     @torch.no_grad()
     def __call__(self, raw: Tensor, row: int) -> Batch:
@@ -220,7 +221,8 @@ def _reference(reference: Any) -> np.ndarray:
     if isinstance(reference, str | os.PathLike):
         name = f"reference {Path(reference)}"
         try:
-            reference = np.load(reference, allow_pickle=False)
+            # Not np.load, which allocates what the header promises.
+            reference = np.lib.format.open_memmap(reference, mode="r")
         except (OSError, ValueError) as problem:
             raise ValueError(f"{name} is not a readable .npy file: {problem}") from None
     if isinstance(reference, Tensor):

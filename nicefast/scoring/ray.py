@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def score_dataset(
     Args:
         model: a :class:`nicefast.NICE`, or a path as :func:`nicefast.scoring.score` takes it.
         dataset: ``ray.data.Dataset``.
-        columns: the feature columns, in order; by default the only column, of vectors (n, D), or
-            all columns but ``row``.
+        columns: the feature columns, in order; by default all columns but ``row``. A column that is
+            alone may hold vectors of D values: lists, lists of a fixed size, tensors. A vector that
+            is missing is a bad row, one of another length an error.
         row: column that numbers the rows, from which integers get their noise: without it, rows of
             integers are refused, for their densities would change with the cluster.
         outputs, seed, draws, reference: as :class:`nicefast.scoring.outputs.Scorer`.
@@ -76,7 +78,7 @@ def score_dataset(
         raise TypeError(f"model must be a nicefast.NICE or a path, got {type(flow).__name__}")
     options = {"outputs": tuple(outputs), "seed": seed, "draws": draws, "reference": reference}
     Scorer(flow, steps, features=flow.features, **options)  # what is wrong is said here, not there
-    if steps is not None and steps.discrete and row is None:
+    if steps is not None and steps.noisy and row is None:
         raise ValueError("row must name the column that numbers the rows: integers get noise by it")
     least, most = (workers, workers) if isinstance(workers, int) else workers
     return dataset.map_batches(
@@ -135,8 +137,7 @@ class Worker:
         if missing := [name for name in names if name not in batch]:
             raise ValueError(f"column {missing[0]!r} is missing; there are {', '.join(batch)}")
         if len(names) == 1:
-            values = batch[names[0]]
-            values = values.reshape(len(values), -1)
+            values = _vectors(batch[names[0]], names[0], self.flow.features)
         else:
             values = np.stack([batch[name] for name in names], axis=1)
         if values.dtype.kind not in "fiub":
@@ -147,6 +148,31 @@ class Worker:
                 f"{values.shape[1]}: {', '.join(names)}"
             )
         return np.ascontiguousarray(values)
+
+
+def _vectors(values: np.ndarray[Any, Any], name: str, features: int) -> np.ndarray[Any, Any]:
+    """A column's (n, D) values; lists come as objects, and those that are missing as None."""
+    if values.dtype != object:
+        return values.reshape(len(values), -1)
+    rows = [None if one is None else _numbers(one) for one in values]
+    for row in rows:
+        if row is not None and (row.size != features or row.dtype.kind not in "fiub"):
+            raise ValueError(
+                f"column {name!r}: expected a vector of {features} numbers in every row, found "
+                f"{row.dtype} of shape {row.shape}"
+            )
+    missing = np.full(features, np.nan)
+    flat = [missing if row is None else row.reshape(-1) for row in rows]
+    return np.stack(flat) if flat else np.empty((0, features))
+
+
+def _numbers(vector: Any) -> np.ndarray[Any, Any]:
+    """As an array, float64 where values of it are missing."""
+    found = np.asarray(vector)
+    if found.dtype == object:
+        with suppress(TypeError, ValueError):
+            return found.astype(np.float64)
+    return found
 
 
 def _runs(numbers: np.ndarray[Any, Any], count: int) -> Iterator[tuple[int, int]]:

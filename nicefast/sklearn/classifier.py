@@ -12,9 +12,16 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..checks import check_choice, is_number
-from .columns import Array, constant_columns, integer_columns, labels, refuse_constant, with_noise
+from .columns import Array, constant_columns, labels, noise_spacings, refuse_constant, with_noise
 from .density import SEEDS
-from .fitted import FittedFlow, FittedGaussian, RawDensity, fit_flow, mean_log_prob
+from .fitted import (
+    FittedFlow,
+    FittedGaussian,
+    RawDensity,
+    fit_flow,
+    mean_log_prob,
+    spacings_of,
+)
 
 DENSITIES = ("nice", "gaussian")
 
@@ -40,7 +47,8 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: the labels, sorted.
         class_prior_: p(class) of each.
-        n_features_in_, feature_names_in_, dropped_, integer_columns_: as in :class:`NICEDensity`.
+        n_features_in_, feature_names_in_, dropped_, integer_columns_, spacings_: as in
+            :class:`NICEDensity`.
         n_iter_: of ``"nice"``: the most epochs that a class took; 1 otherwise.
 
     Raises:
@@ -135,19 +143,18 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
                 f"at least {least} columns that vary are needed, got n_features = {len(kept)} "
                 f"after {len(constant)} constant columns were dropped"
             )
-        integers = np.intersect1d(integer_columns(rows, self.dequantise, label), kept)
-        noisy = np.flatnonzero(np.isin(kept, integers))
-        real = np.setdiff1d(kept, integers)
+        spacing = noise_spacings(rows[:, kept], self.dequantise, lambda c: label(int(kept[c])))
+        integers, real = kept[spacing > 0], kept[spacing == 0]
         random = check_random_state(self.random_state)
         densities: list[RawDensity] = []
         taken = 1
-        ridge = self.reg * with_noise(rows, integers)[:, kept].var(0)
+        ridge = self.reg * with_noise(rows[:, kept], spacing).var(0)
         for k, name in enumerate(classes):
             own = rows[of_class == k]
             seed = int(random.randint(SEEDS))
             if self.density == "gaussian":
                 try:
-                    fitted = FittedGaussian.fit(with_noise(own[:, kept], noisy), ridge)
+                    fitted = FittedGaussian.fit(with_noise(own[:, kept], spacing), ridge)
                 except ValueError as problem:
                     raise ValueError(f"class {name!r}: {problem}; give a larger reg") from None
                 densities.append(fitted)
@@ -159,15 +166,17 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
                     f"density; leave it out, or take density='gaussian'"
                 )
             flow, history = fit_flow(
-                own[:, kept], noisy, self.get_params(), seed, name=f"class {name}"
+                own[:, kept], spacing, self.get_params(), seed, name=f"class {name}"
             )
             densities.append(flow)
             taken = max(taken, len(history.epochs))
         self.classes_, self.class_prior_ = classes, class_prior
-        self._densities, self._kept, self._noisy = densities, kept, noisy
+        self._densities, self._kept, self._spacing = densities, kept, spacing
         self.n_iter_ = taken
         self.dropped_ = getattr(self, "feature_names_in_", np.arange(rows.shape[1]))[constant]
         self.integer_columns_ = integers
+        self.spacings_ = np.zeros(rows.shape[1])
+        self.spacings_[kept] = spacing
         return self
 
     def predict_joint_log_proba(self, X: Any) -> Array:
@@ -180,7 +189,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
 
         with np.errstate(divide="ignore"):  # a prior may be 0
             log_prior = np.log(self.class_prior_)
-        return mean_log_prob(every, rows, self._noisy, self.noise_draws) + log_prior
+        return mean_log_prob(every, rows, self._spacing, self.noise_draws) + log_prior
 
     def predict_log_proba(self, X: Any) -> Array:
         """``log p(class | x)``: (N, classes), float64."""
@@ -229,6 +238,9 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
+        if "_noisy" in state:  # pickled by 0.1.0: numbers of the columns of integers
+            state["_spacing"] = spacings_of(state.pop("_noisy"), len(state["_kept"]))
+            state["spacings_"] = spacings_of(state["integer_columns_"], state["n_features_in_"])
         if "_densities" in state:
             state["_densities"] = [
                 FittedFlow.from_state(s, state["device"])

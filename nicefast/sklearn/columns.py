@@ -1,88 +1,73 @@
-"""Columns of a table: which hold integers, which are constant, and the noise of integers."""
+"""Columns of a table: which get noise of what width, which are constant, and that noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .. import functional
-from ..preprocessing import Preprocessing, Standardise
+from ..preprocessing import Dequantise, Preprocessing, Standardise
+from ..spacing import column_spacings, on_grid
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-LARGEST = float(1 << 40)  # magnitude of integers: beyond, float64 has too few digits for noise
 NOISE_VARIANCE = 1 / 12  # of u uniform on [0, 1), whose mean is 1/2
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 
-@dataclass(frozen=True)
-class Columns(Preprocessing):
-    """Preprocessing of a table some of whose columns hold integers.
+def dequantising(spacing: Array) -> Preprocessing:
+    """The noise of columns with these spacings (D,), 0 for none, and no other step."""
+    if not spacing.any():
+        return Preprocessing(())
+    return Preprocessing((Dequantise(None, spacing=tuple(spacing.tolist())),))
 
-    Attributes:
-        noisy: the columns to whose values :meth:`forward` adds u, uniform on [0, 1), before the
-            steps: entry (i, d) depends on seed, ``row_offset + i`` and d alone.
 
-    >>> steps = Columns.standardising(np.array([[0.0, 0.5], [2.0, 1.5]]), [0])
+def standardising(rows: Array, spacing: Array) -> Preprocessing:
+    """Each column of ``rows + spacing u`` to mean 0 and standard deviation 1, u's part exact.
+
+    >>> steps = standardising(np.array([[0.0, 0.5], [2.0, 1.5]]), np.array([1.0, 0.0]))
     >>> x, _ = steps.forward(torch.tensor([[0.0, 0.5]], dtype=torch.float64), seed=1)
     >>> bool(0 <= steps.inverse(x.double())[0, 0] < 1), x[0, 1].item()
     (True, -1.0)
     """
-
-    noisy: tuple[int, ...] = ()
-
-    @classmethod
-    def standardising(cls, rows: Array, noisy: Sequence[int] | Array) -> Columns:
-        """Each column of ``rows + u`` to mean 0 and standard deviation 1, u's part being exact."""
-        mean, variance = rows.mean(0), rows.var(0)
-        mean[noisy] += 0.5
-        variance[noisy] += NOISE_VARIANCE
-        step = Standardise(torch.from_numpy(mean), torch.from_numpy(np.sqrt(variance)))
-        return cls((step,), tuple(int(c) for c in noisy))
-
-    def forward(self, raw: Tensor, seed: int = 0, row_offset: int = 0) -> tuple[Tensor, Tensor]:
-        if self.noisy:
-            zeros = torch.zeros((len(raw), len(self.noisy)), dtype=torch.uint8, device=raw.device)
-            noise = functional.dequantise(zeros, None, seed=seed, row_offset=row_offset)
-            raw = raw.clone()
-            raw[:, list(self.noisy)] += noise.to(raw.dtype)
-        return super().forward(raw, seed, row_offset)
-
-    def exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps alone, without noise, in the dtype of ``x``: ``(y, log_det)``."""
-        return self._flat(x, 0, 0)
+    mean = rows.mean(0) + 0.5 * spacing
+    variance = rows.var(0) + NOISE_VARIANCE * spacing**2
+    step = Standardise(torch.from_numpy(mean), torch.from_numpy(np.sqrt(variance)))
+    return Preprocessing((*dequantising(spacing).steps, step))
 
 
-def integer_columns(rows: Array, dequantise: str | bool, label: Callable[[int], str]) -> Array:
-    """Ascending numbers of the columns that get noise.
+def noise_spacings(rows: Array, dequantise: str | bool, label: Callable[[int], str]) -> Array:
+    """The width of each column's noise: (D,), float64, 0 for none.
 
     Args:
         rows: (N, D), float64.
-        dequantise: ``"auto"``: those that hold nothing but integers; True: all; False: none.
+        dequantise: ``"auto"``: the spacings that :func:`nicefast.spacing.column_spacings` finds;
+            True: so, but a real column is an error; False: all 0.
         label: how a column is called.
 
     Raises:
-        ValueError: another ``dequantise``; True, and a column that holds other values.
+        ValueError: another ``dequantise``; True, and a column of real values.
+
+    >>> noise_spacings(np.array([[1.0, 0.3], [2.0, 0.2], [2.0, 0.3]]), "auto", str)
+    array([1. , 0.1])
     """
     if not isinstance(dequantise, bool | np.bool_) and dequantise != "auto":
         raise ValueError(f"dequantise must be 'auto', True or False, got {dequantise!r}")
-    whole = ((rows == np.floor(rows)) & (np.abs(rows) <= LARGEST)).all(0)
-    if not isinstance(dequantise, str):
-        if dequantise and not whole.all():
-            column = int(np.argmin(whole))
-            values = rows[:, column]
-            wrong = values[(values != np.floor(values)) | (np.abs(values) > LARGEST)][0]
-            raise ValueError(
-                f"dequantise=True needs integers in every column, got {wrong:g} in {label(column)}"
-            )
-        whole[:] = dequantise
-    return np.flatnonzero(whole)
+    if not isinstance(dequantise, str) and not dequantise:
+        return np.zeros(rows.shape[1])
+    found = column_spacings(rows)
+    if not isinstance(dequantise, str) and not found.all():
+        column = int(np.argmin(found))
+        values = rows[:, column]
+        wrong = values[(values != np.floor(values)).argmax()]
+        raise ValueError(
+            f"dequantise=True needs multiples of one number, such as integers in every column, got "
+            f"{wrong:g} in {label(column)}"
+        )
+    return found
 
 
 def constant_columns(rows: Array) -> Array:
@@ -110,18 +95,22 @@ def refuse_constant(constant: Array, features: int, label: Callable[[int], str])
         )
 
 
-def with_noise(rows: Array, columns: Sequence[int] | Array, draw: int = 0) -> Array:
-    """``rows`` (N, D, float64) with u, uniform on [0, 1), added to the integers in ``columns``.
+def with_noise(rows: Array, spacing: Array, draw: int = 0) -> Array:
+    """``rows`` (N, D, float64) with ``spacing`` u, u uniform on [0, 1), added to its multiples.
 
     u is a function of the row's values, the column and ``draw``: a row has the same noise
-    whatever rows are beside it. Values that are no integers stay as they are, so that rows which
-    have their noise already are not given more.
+    whatever rows are beside it. Values that are no multiples of their column's spacing stay as
+    they are, so that rows which have their noise already are not given more.
+
+    Args:
+        spacing: (D,), of each column; 0 for no noise.
 
     >>> x = np.array([[1.0, 2.0], [1.5, 2.5]])
-    >>> y = with_noise(x, [0])
+    >>> y = with_noise(x, np.array([1.0, 0.0]))
     >>> bool(1 < y[0, 0] < 2), y[1, 0], y[:, 1]
     (True, np.float64(1.5), array([2. , 2.5]))
     """
+    columns = np.flatnonzero(spacing)
     if not len(columns):
         return rows
     bits = np.ascontiguousarray(rows + 0.0).view(np.uint64)  # + 0.0: -0.0 is 0.0
@@ -131,8 +120,9 @@ def with_noise(rows: Array, columns: Sequence[int] | Array, draw: int = 0) -> Ar
     numbers = np.arange(1, len(columns) + 1, dtype=np.uint64) * _GOLDEN
     u = (_mixed(state[:, None] + numbers) >> np.uint64(40)) * 2.0**-24
     found = rows.copy()
-    chosen = rows[:, columns]
-    found[:, columns] = chosen + np.where(chosen == np.floor(chosen), u, 0.0)
+    chosen, widths = rows[:, columns], spacing[columns]
+    multiple = on_grid(torch.from_numpy(chosen), torch.from_numpy(widths)).numpy()
+    found[:, columns] = chosen + np.where(multiple, u * widths, 0.0)
     return found
 
 

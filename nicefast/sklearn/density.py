@@ -13,8 +13,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..checks import check_count
 from ..flow import NICE
-from .columns import Array, Columns, constant_columns, integer_columns, labels, refuse_constant
-from .fitted import FittedFlow, fit_flow, mean_log_prob
+from ..preprocessing import Preprocessing
+from .columns import Array, constant_columns, labels, noise_spacings, refuse_constant
+from .fitted import FittedFlow, fit_flow, mean_log_prob, spacings_of
 
 SEEDS = 2**31 - 1
 
@@ -22,11 +23,11 @@ SEEDS = 2**31 - 1
 class NICEDensity(DensityMixin, BaseEstimator):
     """Density of the rows of a table by a NICE flow, in nats on the table's own scale.
 
-    Columns that hold nothing but integers get noise: their density is that of ``x + u``, u uniform
-    on [0, 1), which bounds the probability of the integers from below. In training the noise is
-    new in every epoch. In scoring it is a function of the row's values alone, so that a row's
-    score does not depend on the rows beside it; values that are no integers there are scored as
-    they are.
+    Columns that hold nothing but integers, or multiples of another number such as 0.1 or 5, get
+    noise: their density is that of ``x + spacing u``, u uniform on [0, 1), which bounds the
+    probability of the values from below (plus ``log spacing``). In training the noise is new in
+    every epoch. In scoring it is a function of the row's values alone, so that a row's score does
+    not depend on the rows beside it; values that are no multiples there are scored as they are.
 
     Args:
         hidden: widths of each coupling's hidden layers.
@@ -45,8 +46,9 @@ class NICEDensity(DensityMixin, BaseEstimator):
             on. With 0, or fewer than 20 rows, the training rows do.
         standardise: give every column mean 0 and standard deviation 1 first (those of all rows).
         drop_constant: leave constant columns out, see ``dropped_``; otherwise they are an error.
-        dequantise: which columns get noise: ``"auto"`` (those of integers up to 2^40), True (all:
-            an error where one holds other values) or False.
+        dequantise: which columns get noise: ``"auto"`` (those to which
+            :func:`nicefast.spacing.column_spacings` gives a spacing), True (all: an error where one
+            is real) or False.
         noise_draws: a row's score is the mean over so many draws of its noise.
         random_state: None, an integer or a RandomState: of weights, shuffling, split and noise.
         device: where the flow is, ``"cuda"`` for a GPU; None for the CPU. Pickled on a GPU, it is
@@ -62,6 +64,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
         n_features_in_, feature_names_in_: of X in fit; names where all are strings.
         dropped_: constant columns that were left out, by name where X had names, else by number.
         integer_columns_: numbers of the columns that get noise.
+        spacings_: (n_features_in_,), the width of each column's noise: 1 for integers, 0 for none.
         n_iter_: epochs taken.
         validation_scores_: after each of them, mean log-density in nats of the validation rows.
 
@@ -139,13 +142,14 @@ class NICEDensity(DensityMixin, BaseEstimator):
                 f"at least 2 columns that vary are needed, got n_features = {len(kept)} after "
                 f"{len(constant)} constant columns were dropped"
             )
-        integers = integer_columns(rows, self.dequantise, label)
-        noisy = np.flatnonzero(np.isin(kept, integers))
+        spacing = noise_spacings(rows[:, kept], self.dequantise, lambda c: label(int(kept[c])))
         seed = int(check_random_state(self.random_state).randint(SEEDS))
-        self._flow, history = fit_flow(rows[:, kept], noisy, self.get_params(), seed)
+        self._flow, history = fit_flow(rows[:, kept], spacing, self.get_params(), seed)
         self._kept, self._constants = kept, rows[0, constant]
         self.dropped_ = getattr(self, "feature_names_in_", np.arange(rows.shape[1]))[constant]
-        self.integer_columns_ = kept[noisy]
+        self.integer_columns_ = kept[np.flatnonzero(spacing)]
+        self.spacings_ = np.zeros(rows.shape[1])
+        self.spacings_[kept] = spacing
         self.n_iter_ = len(history.epochs)
         _, log_det = self._flow.columns.exact(torch.from_numpy(rows[:1, kept]))
         self.validation_scores_ = np.array([e.validation for e in history.epochs]) + log_det.item()
@@ -155,7 +159,8 @@ class NICEDensity(DensityMixin, BaseEstimator):
         """Log-density of each row of X, in nats on X's own scale: (N,), float64."""
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=np.float64, reset=False)[:, self._kept]
-        return mean_log_prob(self._flow.log_prob, rows, self._flow.columns.noisy, self.noise_draws)
+        spacing = np.array(self._flow.columns.spacing or np.zeros(rows.shape[1]))
+        return mean_log_prob(self._flow.log_prob, rows, spacing, self.noise_draws)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-density of the rows of X, in nats, as GaussianMixture has it.
@@ -167,15 +172,13 @@ class NICEDensity(DensityMixin, BaseEstimator):
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Array:
         """``n_samples`` draws, (n_samples, D), float64, on X's own scale.
 
-        Integer columns hold integers, which may lie beyond those seen in fit; dropped columns hold
-        their constants. ValueError for a negative ``n_samples``.
+        Columns that get noise hold multiples of their spacing, which may lie beyond those seen in
+        fit; dropped columns hold their constants. ValueError for a negative ``n_samples``.
         """
         check_is_fitted(self)
         check_count("n_samples", n_samples)
         seed = int(check_random_state(random_state).randint(SEEDS))
         drawn = self._flow.sample(n_samples, seed)
-        noisy = list(self._flow.columns.noisy)
-        drawn[:, noisy] = np.floor(drawn[:, noisy])
         rows = np.empty((n_samples, self.n_features_in_))
         rows[:, self._kept] = drawn
         rows[:, np.setdiff1d(np.arange(self.n_features_in_), self._kept)] = self._constants
@@ -187,7 +190,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
         return self._flow.model
 
     @property
-    def preprocessing_(self) -> Columns:
+    def preprocessing_(self) -> Preprocessing:
         check_is_fitted(self)
         return self._flow.columns
 
@@ -203,5 +206,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_flow" in state:
+            if "spacings_" not in state:  # pickled by 0.1.0
+                state["spacings_"] = spacings_of(state["integer_columns_"], state["n_features_in_"])
             state["_flow"] = FittedFlow.from_state(state["_flow"], state["device"])
         super().__setstate__(state)

@@ -1,7 +1,7 @@
 """Fitted densities of rows on the raw scale, and their bytes.
 
-Rows are float64 NumPy arrays (N, D) on the scale of ``x + u`` in integer columns; log-densities
-are float64 (N,), in nats.
+Rows are float64 NumPy arrays (N, D) on the scale of ``x + spacing u`` in columns with a spacing,
+which is 1 for integers; log-densities float64 (N,), in nats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..flow import NICE
 from ..precision import at_precision
 from ..preprocessing import Preprocessing
 from ..training import Epoch, History, Recipe, fit, initialise
-from .columns import Array, Columns, with_noise
+from .columns import Array, dequantising, standardising, with_noise
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LEAST_SPLIT = 20  # rows: with fewer, the training rows are those of validation
@@ -45,7 +45,7 @@ class FittedFlow:
     """A flow and the way from raw rows to what it sees."""
 
     model: NICE
-    columns: Columns
+    columns: Preprocessing
 
     @torch.no_grad()
     def log_prob(self, rows: Array) -> Array:
@@ -62,7 +62,9 @@ class FittedFlow:
     def sample(self, n: int, seed: int) -> Array:
         generator = torch.Generator().manual_seed(seed)
         x = self.model.sample(n, batch_size=SCORING_ROWS, generator=generator)
-        rows: Array = self.columns.inverse(x.double().cpu()).numpy()
+        x = x.double().cpu()
+        noisy = self.columns.noisy
+        rows: Array = (self.columns.levels(x) if noisy else self.columns.inverse(x)).numpy()
         return rows
 
     def state(self) -> dict[str, Any]:
@@ -72,8 +74,7 @@ class FittedFlow:
             save(self.model, files[0])
             self.columns.save(files[1])
             contents = [file.read_bytes() for file in files]
-        noisy = list(self.columns.noisy)
-        return {"model": contents[0], "preprocessing": contents[1], "noisy": noisy}
+        return {"model": contents[0], "preprocessing": contents[1]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device | str | None) -> FittedFlow:
@@ -84,8 +85,11 @@ class FittedFlow:
             for name in ("model", "preprocessing"):
                 Path(folder, name).write_bytes(state[name])
             model = load(Path(folder, "model"), device)
-            steps = Preprocessing.load(Path(folder, "preprocessing")).steps
-        return cls(model, Columns(steps, tuple(state["noisy"])))
+            columns = Preprocessing.load(Path(folder, "preprocessing"))
+        if "noisy" in state:  # written by 0.1.0: numbers of the columns of integers
+            spacing = spacings_of(state["noisy"], model.features)
+            columns = Preprocessing((*dequantising(spacing).steps, *columns.steps))
+        return cls(model, columns)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class FittedGaussian:
 
 def fit_flow(
     rows: Array,
-    noisy: Sequence[int] | Array,
+    spacing: Array,
     options: dict[str, Any],
     seed: int,
     name: str = "NICE",
@@ -133,8 +137,8 @@ def fit_flow(
     """Fit a flow to raw rows (N, D), N and D at least 2, no column constant but noisy ones.
 
     Args:
-        rows: float64, integers in the columns ``noisy``.
-        noisy: columns that get fresh noise in every epoch.
+        rows: float64.
+        spacing: (D,), width of the noise that a column gets afresh in every epoch; 0 for none.
         options: the estimators' hyperparameters, by name.
         seed: of everything random.
         name: what is being fitted, for the lines that ``verbose`` prints.
@@ -154,9 +158,7 @@ def fit_flow(
         validation_draws=1,
     )
     model = _model(rows.shape[1], options, seed)
-    columns = Columns((), tuple(int(c) for c in noisy))
-    if options["standardise"]:
-        columns = Columns.standardising(rows, noisy)
+    columns = standardising(rows, spacing) if options["standardise"] else dequantising(spacing)
     whole = torch.from_numpy(rows)
     initialise(model, "data", columns.forward(whole, seed)[0])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -170,16 +172,23 @@ def fit_flow(
 
 
 def mean_log_prob(
-    density: Callable[[Array], Array], rows: Array, noisy: Sequence[int] | Array, draws: int
+    density: Callable[[Array], Array], rows: Array, spacing: Array, draws: int
 ) -> Array:
     """Mean over noise draws of ``density`` of rows with noise; one draw where none is needed."""
     draws = _plain(draws)
     check_count("noise_draws", draws, 1)
-    draws = draws if len(noisy) else 1
-    total = density(with_noise(rows, noisy))
+    draws = draws if spacing.any() else 1
+    total = density(with_noise(rows, spacing))
     for draw in range(1, draws):
-        total = total + density(with_noise(rows, noisy, draw))
+        total = total + density(with_noise(rows, spacing, draw))
     return total / draws
+
+
+def spacings_of(columns: Sequence[int] | Array, features: int) -> Array:
+    """(features,): 1 in the ``columns`` of integers, 0 elsewhere."""
+    found = np.zeros(features)
+    found[list(columns)] = 1.0
+    return found
 
 
 def _model(features: int, options: dict[str, Any], seed: int) -> NICE:

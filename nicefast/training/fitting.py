@@ -217,7 +217,7 @@ class _Fit:
             density(self.average, recipe.objective),
             self.data.validation,
             self.preprocessing,
-            recipe.validation_draws if self.data.discrete else 1,
+            recipe.validation_draws if self.preprocessing.noisy else 1,
             self.seed,
             self.ranks,
         )

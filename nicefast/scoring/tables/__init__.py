@@ -55,13 +55,17 @@ def open_table(
     Arrow, Feather ``.arrow``, ``.feather``, ``.ipc``: files and streams, mapped
     .csv           under a header or none; int64 where all values are, else float64
     IDX            any other ending, gzipped or not
-    HDF5           ``.h5``, ``.hdf5``: the only dataset of numbers, or ``file.h5::/group/name``
+    HDF5           ``.h5``, ``.hdf5``: the only dataset of numbers, or ``file.h5::/group/name``;
+                   looked at in a process of its own first (a third of a second), which a damaged
+                   file may end; virtual and external storage and links to other files are refused
     .mat, .bin     as :func:`nicefast.data.readers.read`, whole
     ============== ================================================================================
 
     Columns of a file become one array: float32 where all are floats of at most 32 bits, integers
     where all are, otherwise float64 or what holds them; bools are uint8; missing values are NaN,
-    with which integers are float64. Values that are not finite are left to whoever scores them.
+    with which integers are float64. A column of Parquet or Arrow that is alone may hold vectors:
+    lists, lists of a fixed size or tensors of numbers, all of one length; one that is missing is
+    all NaN. Values that are not finite are left to whoever scores them.
     Several files are one table, in the order given; the first says what columns are called, the
     others have them by name in any order, or in the same number.
 
@@ -76,10 +80,12 @@ def open_table(
         event_shape: of a row; checked, and flattened.
 
     Raises:
-        ValueError: no such file, no match, damaged or truncated, of an unknown format; a missing or
+        ValueError: no such file, no match, damaged or truncated, of an unknown format; what would
+            take 256 MiB and 256 times the file's size of memory at once; a missing or
             ambiguous column, one that is no number; rows of another width than ``event_shape`` or
             than in the first file. The message begins with the file or with ``source``.
-        TypeError: a source, column or item of an iterable of the wrong type.
+        TypeError: a source, column or item of an iterable of the wrong type; a data frame, which
+            is given as ``df.to_numpy()``.
         ImportError: Parquet, Arrow or CSV without pyarrow, HDF5 without h5py.
 
     >>> import tempfile
@@ -104,6 +110,9 @@ def open_table(
         return Table(name, [part], part.fingerprint(chosen))
     if isinstance(source, str | Path) or _is_paths(source):
         return _of_files(source, wanted)
+    if way := _of_frames(source):
+        kind = f"{type(source).__module__.split('.')[0]} {type(source).__name__}"
+        raise TypeError(f"source must be an array, got a {kind}: give {way}, of numeric columns")
     if isinstance(source, Iterable) and not isinstance(source, bytes | dict):
         iterated = Iterated(source, wanted)
         return Table(iterated.name, [iterated], None, seekable=False)
@@ -111,6 +120,16 @@ def open_table(
         "source must be a path, a list of paths, an array, a tensor, or an iterable of arrays, "
         f"got {type(source).__name__}"
     )
+
+
+def _of_frames(source: Any) -> str | None:
+    """How a data frame or an Arrow table becomes an array; None for anything else."""
+    library = type(source).__module__.split(".")[0]
+    if library == "pyarrow" and hasattr(source, "column_names"):
+        return "numpy.column_stack([column.to_numpy() for column in table.columns])"
+    if library == "polars" and hasattr(source, "collect"):  # a LazyFrame
+        return "df.collect().to_numpy()"
+    return "df.to_numpy()" if callable(getattr(source, "to_numpy", None)) else None
 
 
 def _is_paths(source: Any) -> bool:

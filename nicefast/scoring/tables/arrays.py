@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
+import os
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,6 +24,7 @@ from .base import STEP, Array, Dtype, Piece, flat, spans
 from .files import Mapped, guarded, kind_of
 from .selection import Wanted, of_array
 
+PROBE, PROBE_SECONDS = Path(__file__).with_name("probe.py"), 60
 _Open = Callable[[], AbstractContextManager[IO[bytes]]]
 
 Reader = Callable[[Iterator[tuple[int, int]]], Iterator[Array]]
@@ -47,6 +52,7 @@ class Rows:
             raise WrongError("holds one number, expected rows")
         if not math.prod(shape[1:]):
             raise WrongError(f"holds rows of no values: shape {shape}")
+        readers.check_held(path, "a row", math.prod(shape[1:]) * dtype.itemsize)
         self.name, self.path = str(path), path
         self.rows: int | None = shape[0]
         self.dtype: Dtype = np.dtype(np.uint8 if dtype.kind == "b" else dtype.newbyteorder("="))
@@ -136,6 +142,7 @@ def npz(path: Path, key: str | None, wanted: Wanted) -> Rows:
         arrays = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
         name = readers._choose(arrays, ("X", "x_train"), key)
         info = archive.getinfo(f"{name}.npy")
+        readers.check_packing(info)
         with archive.open(info) as stream:
             dtype, shape, columns_first = _header(stream)
             offset = stream.tell()
@@ -231,27 +238,9 @@ def hdf5(path: Path, key: str | None, wanted: Wanted) -> Rows:
         # As much of a dataset's chunks as a block may cut through, or each is unpacked repeatedly.
         return h5py.File(path, "r", rdcc_nbytes=1 << 26)
 
-    with opened() as file:
-        known: dict[str, Any] = {}
-        file.visititems(
-            lambda name, item: (
-                known.update({f"/{name}": item.dtype})
-                if isinstance(item, h5py.Dataset) and item.ndim
-                else None
-            )
-        )
-        name = key if key is None or key.startswith("/") else f"/{key}"
-        if name is None:
-            numbers = [one for one, dtype in known.items() if dtype.kind in "fiub"]
-            if len(numbers) != 1:
-                listing = ", ".join(numbers) or "none"
-                raise WrongError(
-                    f"expected one dataset of numbers, found {listing}; say which: {path}::/name"
-                )
-            name = numbers[0]
-        if name not in known:
-            raise WrongError(f"expected a dataset {name!r}, found {', '.join(known) or 'none'}")
-        shape, dtype = file[name].shape, file[name].dtype
+    found = _probed(path, key)
+    name, shape, dtype = found["name"], tuple(found["shape"]), np.dtype(found["dtype"])
+    readers.check_held(path, "a chunk", found["chunk"])
 
     def read(places: Iterator[tuple[int, int]]) -> Iterator[Array]:
         with opened() as file:
@@ -259,6 +248,37 @@ def hdf5(path: Path, key: str | None, wanted: Wanted) -> Rows:
                 yield file[name][start:stop]
 
     return Rows(path, dtype, shape, read, wanted)
+
+
+def _probed(path: Path, key: str | None) -> dict[str, Any]:
+    """What :mod:`.probe` says of the file, from a process that a damaged file may end."""
+    request = {"sys_path": sys.path, "path": str(path), "key": key}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", str(PROBE)],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise WrongError(
+            f"not a readable HDF5 file: the library was not done with it in {PROBE_SECONDS} seconds"
+        ) from None
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        died = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+        raise WrongError(
+            f"not a readable HDF5 file: the library ended with {died} when it read it"
+        ) from None
+    if "failed" in answer:
+        raise WrongError(f"not a readable HDF5 file, or truncated ({answer['failed']})")
+    if "wrong" in answer:
+        raise WrongError(answer["wrong"])
+    found: dict[str, Any] = answer
+    return found
 
 
 def other(path: Path, key: str | None, wanted: Wanted) -> Rows:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...data.matlab import WrongError
+from ...data.readers import check_held, check_parquet
 from .base import STEP, Array, Dtype, Piece, common, converted, spans
 from .files import Mapped, guarded, kind_of
 from .selection import Wanted, select
@@ -25,21 +27,48 @@ def arrow_of(path: Path | str) -> Any:
 
 
 class Columnar:
-    """A part whose columns have names and types of their own, and whose rows are counted."""
+    """A part whose columns have names and types of their own, and whose rows are counted.
+
+    Columns hold numbers; one that is alone may hold vectors of them: lists, lists of a fixed size
+    or tensors, of one length, that of the first one where the type does not say it.
+    """
 
     dtype: Dtype
 
-    def __init__(self, path: Path, schema: Any, wanted: Wanted) -> None:
+    def __init__(
+        self,
+        path: Path,
+        schema: Any,
+        wanted: Wanted,
+        batches: Callable[[list[str]], Iterator[Any]],
+    ) -> None:
         self.name, self.path, self.schema = str(path), path, schema
-        selection = select(schema.names, len(schema.names), wanted)
+
+        def width(features: tuple[int, ...]) -> int:
+            """How many values a row has: of one column of vectors, or of columns of numbers."""
+            fields = [schema.field(i) for i in features]
+            for field in fields:
+                _check_type(field, alone=len(fields) == 1)
+            self.features = len(fields)
+            if not is_vector(fields[0].type):
+                return self.features
+            said = fixed_width(fields[0].type)
+            if said is None:
+                said = _first_width(fields[0].name, batches([fields[0].name]))
+            if said is None:  # there is no row
+                said = wanted.like[2] if wanted.like else math.prod(wanted.event_shape or (0,))
+            self.features = said
+            return said
+
+        selection = select(schema.names, len(schema.names), wanted, width)
         self.columns = [schema.field(i) for i in selection.features]
-        self.features = len(self.columns)
+        if not self.features:
+            raise WrongError("holds rows of no values")
+        check_held(path, "a row", self.features * 8)
         self.names: tuple[str, ...] | None = tuple(field.name for field in self.columns)
         self.key_types = {schema.field(i).name: schema.field(i).type for i in selection.keys}
         self.read_names = list(dict.fromkeys([*self.names, *self.key_types]))
         self.rows: int | None = 0
-        for field in self.columns:
-            _check_type(field)
 
     def decide(self, with_nulls: set[str]) -> None:
         """The dtype, given the integer columns in which values are missing."""
@@ -54,7 +83,7 @@ class Columnar:
         return [
             f.name
             for f in self.columns
-            if f.nullable
+            if (f.nullable or is_vector(f.type))
             and dtype_of(f.type, True).kind == "f"
             and dtype_of(f.type, False).kind in "iu"
         ]
@@ -67,33 +96,109 @@ class Columnar:
         own = batch.schema.names
         columns = [batch.column(own.index(name)) for name in self.names or ()]
         keys = {name: batch.column(own.index(name)) for name in self.key_types}
-        for key in keys.values():
-            key.validate(full=True)
-        return Piece(matrix(columns, self.names or (), batch.num_rows, dtype), keys)
+        for column in (*keys.values(), *(c for c in columns if is_vector(c.type))):
+            column.validate(full=True)
+        return Piece(matrix(columns, self.names or (), batch.num_rows, dtype, self.features), keys)
 
 
-def matrix(columns: list[Any], names: tuple[str, ...], rows: int, dtype: Dtype) -> Array:
-    """Pyarrow arrays side by side: (rows, columns) of ``dtype``; missing values are NaN."""
+def matrix(
+    columns: list[Any], names: tuple[str, ...], rows: int, dtype: Dtype, features: int
+) -> Array:
+    """Pyarrow arrays side by side, or one of vectors: (rows, features) of ``dtype``.
+
+    Missing values are NaN, and so is all of a missing vector.
+    """
     assert isinstance(dtype, np.dtype)
-    values = np.empty((rows, len(columns)), dtype)
+    values = np.empty((rows, features), dtype)
+    width = features // len(columns)
     for i, column in enumerate(columns):
-        if column.null_count and dtype.kind in "iu":
-            raise WrongError(
-                f"column {names[i]!r}: values are missing, against the file's own word"
-            )
-        if column.type == "bool":
-            column = column.cast("uint8")  # noqa: PLW2901
         try:
-            values[:, i] = converted(column.to_numpy(zero_copy_only=False), dtype)
+            values[:, i * width : (i + 1) * width] = _vectors(column, width, dtype)
         except WrongError as why:
             raise WrongError(f"column {names[i]!r}: {why}") from None
     return values
+
+
+def _vectors(column: Any, width: int, dtype: np.dtype[Any]) -> Array:
+    """A column's (rows, width) values."""
+    from pyarrow import types
+
+    column = getattr(column, "storage", column)
+    if column.null_count and dtype.kind in "iu":
+        raise WrongError("values are missing, against the file's own word")
+    if not _is_list(column.type):
+        if types.is_boolean(column.type):
+            column = column.cast("uint8")
+        return converted(column.to_numpy(zero_copy_only=False), dtype)[:, None]
+    there = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+    inner = column.flatten()  # without what is missing
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)[there]
+    length = int(lengths[0]) if len(lengths) and _is_list(inner.type) else width
+    wrong = lengths[lengths != length]
+    if len(wrong) or not length or width % length:
+        other = int(wrong[0]) if len(wrong) else length
+        raise WrongError(f"expected vectors of {length} in every row, found one of {other}")
+    found = np.full((len(column), width), np.nan if dtype.kind == "f" else 0, dtype)
+    if len(there):
+        rows = _vectors(inner, width // length, dtype)
+        if rows.size != len(there) * width:
+            raise WrongError(f"expected vectors of {width} values, found others")
+        found[there] = rows.reshape(len(there), width)
+    return found
+
+
+def _is_list(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def is_vector(kind: Any) -> bool:
+    """Whether a column of this type holds vectors, or tensors, and not numbers."""
+    return _is_list(getattr(kind, "storage_type", kind))
+
+
+def number_of(kind: Any) -> Any:
+    """The type of the numbers in a column of this type: of vectors, that of their values."""
+    kind = getattr(kind, "storage_type", kind)
+    return number_of(kind.value_type) if _is_list(kind) else kind
+
+
+def fixed_width(kind: Any) -> int | None:
+    """How many values a column of this type has in each row; None where the type leaves it open."""
+    from pyarrow import types
+
+    kind = getattr(kind, "storage_type", kind)
+    if not _is_list(kind):
+        return 1
+    inner = fixed_width(kind.value_type)
+    known = types.is_fixed_size_list(kind) and inner is not None
+    return kind.list_size * inner if known else None
+
+
+def _first_width(name: str, batches: Iterator[Any]) -> int | None:
+    """Of the first row that is not missing."""
+    for batch in batches:
+        column = batch.column(batch.schema.names.index(name))
+        column.validate(full=True)
+        column = getattr(column, "storage", column).drop_null()
+        if len(column):
+            width = 1
+            while _is_list(column.type):
+                column = column.slice(0, 1).flatten()
+                width *= len(column)
+                column = column.drop_null()
+                if not len(column):
+                    break
+            return width
+    return None
 
 
 def dtype_of(kind: Any, with_nulls: bool) -> np.dtype[Any]:
     """What a column of that pyarrow type becomes: bools uint8, half floats float32."""
     from pyarrow import types
 
+    kind = number_of(kind)
     if types.is_floating(kind):
         return np.dtype(np.float64 if types.is_float64(kind) else np.float32)
     if with_nulls:
@@ -101,13 +206,24 @@ def dtype_of(kind: Any, with_nulls: bool) -> np.dtype[Any]:
     return np.dtype(np.uint8 if types.is_boolean(kind) else kind.to_pandas_dtype())
 
 
-def _check_type(field: Any) -> None:
+def has_nulls(column: Any) -> bool:
+    """Whether a value is missing, or, among vectors, one of them or a value of one."""
+    column = getattr(column, "storage", column)
+    if column.null_count or not _is_list(column.type):
+        return bool(column.null_count)
+    column.validate(full=True)
+    return has_nulls(column.flatten())
+
+
+def _check_type(field: Any, alone: bool) -> None:
     from pyarrow import types
 
     real = (types.is_integer, types.is_floating, types.is_boolean)
-    if not any(is_type(field.type) for is_type in real):
+    numbers = any(is_type(number_of(field.type)) for is_type in real)
+    if not numbers or (is_vector(field.type) and not alone):
+        also = "; vectors must be the only column" if numbers else ""
         raise WrongError(
-            f"column {field.name!r}: expected integers, floats or bools, found {field.type}; "
+            f"column {field.name!r}: expected integers, floats or bools, found {field.type}{also}; "
             f"leave it out of columns or make it a key"
         )
 
@@ -118,7 +234,13 @@ class Parquet(Columnar):
     def __init__(self, path: Path, _: str | None, wanted: Wanted) -> None:
         arrow_of(path)
         with self._opened(path) as file:
-            super().__init__(path, file.schema_arrow, wanted)
+            check_parquet(path, file)
+            super().__init__(
+                path,
+                file.schema_arrow,
+                wanted,
+                lambda names: file.iter_batches(64, columns=names),
+            )
             meta = file.metadata
             groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
             self.lengths = [group.num_rows for group in groups]
@@ -136,7 +258,8 @@ class Parquet(Columnar):
         found = set()
         for name in self.may_lack():
             at = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
-            place = at.index(name)
+            places = [i for i, one in enumerate(at) if one == name or one.startswith(f"{name}.")]
+            place = places[0]
             unsaid = []
             for i, group in enumerate(groups):
                 said = group.column(place).statistics
@@ -147,7 +270,7 @@ class Parquet(Columnar):
                     break
             if name not in found and unsaid:
                 batches = file.iter_batches(columns=[name], row_groups=unsaid)
-                if any(batch.column(0).null_count for batch in batches):
+                if any(has_nulls(batch.column(0)) for batch in batches):
                     found.add(name)
         return found
 
@@ -179,7 +302,10 @@ class Arrow(Columnar):
             self._random = file.read(6) == b"ARROW1"
         self._packed = False
         with self._opened(Mapped(path), None) as reader:
-            super().__init__(path, reader.schema, wanted)
+            self.schema = reader.schema
+        super().__init__(
+            path, self.schema, wanted, lambda names: self._batches(Mapped(path), names)
+        )
         # A column of each batch says how many rows it has; the integers also what is missing.
         lacking = self.may_lack()
         asked = lacking or [min(self.read_names, key=self._width)]
@@ -192,7 +318,7 @@ class Arrow(Columnar):
         for batch in self._batches(mapping, asked):
             self.lengths.append(batch.num_rows)
             names = batch.schema.names
-            with_nulls |= {n for n in lacking if batch.column(names.index(n)).null_count}
+            with_nulls |= {n for n in lacking if has_nulls(batch.column(names.index(n)))}
         self.rows = sum(self.lengths)
         self.decide(with_nulls)
 

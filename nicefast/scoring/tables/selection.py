@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +37,16 @@ class Selection(NamedTuple):
     keys: tuple[int, ...]
 
 
-def select(names: Sequence[str] | None, width: int, wanted: Wanted) -> Selection:
+def select(
+    names: Sequence[str] | None,
+    width: int,
+    wanted: Wanted,
+    count: Callable[[tuple[int, ...]], int] = len,
+) -> Selection:
     """Where the wanted columns are among ``width``, called ``names``.
 
     The first file of several says how positions are called; others have them by these names, in
-    any order.
+    any order. ``count`` says how many values a row has in the columns at these positions.
 
     Raises:
         WrongError: a column that is not there, or twice; another number of columns than the first
@@ -59,14 +65,13 @@ def select(names: Sequence[str] | None, width: int, wanted: Wanted) -> Selection
     if wanted.like is not None:
         features = _as_in(wanted, names, width, features)
     if names is not None:
+        times = Counter(names)
         for i in (*features, *keys):
-            if list(names).count(names[i]) > 1:
-                raise WrongError(
-                    f"column {names[i]!r} is there {list(names).count(names[i])} times"
-                )
+            if times[names[i]] > 1:
+                raise WrongError(f"column {names[i]!r} is there {times[names[i]]} times")
     if not features:
         raise WrongError("no columns are left for the values of a row")
-    check_width(len(features), wanted)
+    check_width(count(features), wanted)
     return Selection(features, keys)
 
 

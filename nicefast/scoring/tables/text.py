@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from ...data.matlab import WrongError
+from ...data.readers import MOST_LINE, csv_rows
 from .base import Dtype, Piece
 from .columnar import arrow_of, matrix
 from .files import guarded
 from .selection import Wanted, select
 
+BLOCK = 1 << 20  # bytes that are parsed at a time, unless rows are long
+MOST_CELLS = 1 << 16  # in a row: pyarrow takes 9 KB for each
 LOOKED_AT = 100  # rows whose cells decide whether a column is text, and a table may be integers
 _MISSING = ["", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null", "-NaN", "-nan"]
 
@@ -32,11 +34,14 @@ class CSV:
 
     def __init__(self, path: Path, _: str | None, wanted: Wanted) -> None:
         self.name, self.path, self._pa = str(path), path, arrow_of(path)
-        rows = list(islice(self._lines(), LOOKED_AT))
+        rows = list(self._beginning())
         if not rows:
             raise WrongError("holds no rows")
         line, cells = rows[0]
+        self._block = max(BLOCK, 8 * max(sum(map(len, row)) + len(row) for _, row in rows))
         self.width = len(cells)
+        if self.width > MOST_CELLS:
+            raise WrongError(f"line {line}: expected {MOST_CELLS} cells at most, got {self.width}")
         asked = [c for c in (*(wanted.columns or ()), *wanted.keys) if isinstance(c, str)]
         header = [cell.strip() for cell in cells]
         named = bool(asked) and all(name in header for name in asked)
@@ -77,7 +82,7 @@ class CSV:
                     rows = batch.slice(skipped)
                     features = [rows.column(str(i)) for i in self.chosen]
                     keys = {name: rows.column(column) for name, column in self.kept.items()}
-                    yield Piece(matrix(features, names, rows.num_rows, dtype), keys)
+                    yield Piece(matrix(features, names, rows.num_rows, dtype, self.features), keys)
             self.rows = seen
 
     def _all_integers(self) -> bool:
@@ -107,7 +112,9 @@ class CSV:
             yield from pc.open_csv(
                 self.name,
                 pc.ReadOptions(
-                    column_names=[str(i) for i in range(self.width)], skip_rows=self._header
+                    block_size=self._block,
+                    column_names=[str(i) for i in range(self.width)],
+                    skip_rows=self._header,
                 ),
                 pc.ParseOptions(newlines_in_values=True),
                 pc.ConvertOptions(
@@ -125,11 +132,16 @@ class CSV:
             raise
 
     def _lines(self) -> Iterator[tuple[int, list[str]]]:
-        with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as text:
-            lines = csv.reader(text)
-            for cells in lines:
-                if cells:
-                    yield lines.line_num, cells
+        return csv_rows(self.path, errors="replace")
+
+    def _beginning(self) -> Iterator[tuple[int, list[str]]]:
+        """The first rows, fewer where they are long."""
+        size = 0
+        for line, cells in islice(self._lines(), LOOKED_AT):
+            yield line, cells
+            size += sum(map(len, cells)) + len(cells)
+            if size > MOST_LINE:
+                return
 
     def _check(self, line: int, cells: list[str]) -> None:
         if len(cells) != self.width:
