@@ -508,10 +508,10 @@ class NICE(Fingerprinted):
             return (n,), None
         return (*context.shape[:-1], n), context.reshape(-1, self.context)
 
-    says = "prior or event shape"
+    says = "prior"
 
     def described(self) -> str:
-        return f"prior {self.prior_name}, event shape {tuple(self.event_shape)}"
+        return f"prior {self.prior_name}"
 
     def extra_repr(self) -> str:
         grid = "" if self.grid is None else f", grid={self.grid:g}"
