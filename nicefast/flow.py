@@ -17,6 +17,7 @@ from .architecture import architecture
 from .checks import check_choice, check_context, check_count, check_events
 from .distributions import FlowDistribution, FlowTransform
 from .explanation import explanation
+from .fingerprint import Fingerprinted
 from .fused import calls
 from .graphs import METHODS, GraphedFlow
 from .grid import check_grid, check_range, round_to_grid
@@ -26,7 +27,7 @@ from .path import Path, choose_path
 from .reference import at_least_float32
 
 
-class NICE(nn.Module):
+class NICE(Fingerprinted):
     """NICE: ``z = exp(log_scale) * (f_L o ... o f_1)(x)`` with additive couplings f_l.
 
     ``log p(x) = sum_d log p(z_d) + sum_d log_scale_d``, exact, in nats (Dinh et al. 2014,
@@ -506,6 +507,11 @@ class NICE(nn.Module):
         if context is None:
             return (n,), None
         return (*context.shape[:-1], n), context.reshape(-1, self.context)
+
+    says = "prior"
+
+    def described(self) -> str:
+        return f"prior {self.prior_name}"
 
     def extra_repr(self) -> str:
         grid = "" if self.grid is None else f", grid={self.grid:g}"

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from . import exact, watchers
 from . import functional as F  # noqa: N812
 from .checks import check_choice, check_count, check_tensor, check_type, is_number
+from .fingerprint import Fingerprinted
 from .grid import check_grid, check_range, round_to_grid
 from .ops import check_log_scale
 from .partition import Partition
 from .reference import ACTIVATIONS, at_least_float32
 
 
-class MLP(nn.Module):
+class MLP(Fingerprinted):
     """Multi-layer perceptron ``linear(activation(... linear([x; context])))``.
 
     The usual conditioner; its layers are ordinary ``nn.Linear`` in ``.linears``.
@@ -115,6 +116,11 @@ class MLP(nn.Module):
                 else f"context was given ({tuple(context.shape)}) to an MLP without context"
             )
 
+    says = "activation or number of context features"
+
+    def described(self) -> str:
+        return f"activation {self.activation} and {self.context} features of context"
+
     @property
     def drops(self) -> bool:
         """Whether a call drops units: with ``dropout``, in training mode."""
@@ -127,7 +133,7 @@ class MLP(nn.Module):
         )
 
 
-class AdditiveCoupling(nn.Module):
+class AdditiveCoupling(Fingerprinted):
     """Additive coupling: ``y1 = x1``, ``y2 = x2 + m(x1)``; log |det| = 0.
 
     Any module will do as the conditioner m: it is called as ``m(x1)``, or ``m(x1, context)`` where
@@ -172,6 +178,12 @@ class AdditiveCoupling(nn.Module):
         self.conditioner = conditioner
         self.grid = None if grid is None else check_grid(grid)
         self.label = "coupling"  # in messages
+
+    says = "partition or grid"
+
+    def described(self) -> str:
+        bits = "".join("01"[bit] for bit in self.partition.mask.tolist())
+        return f"partition {bits} and grid {self.grid}"
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self._couple(x, context)

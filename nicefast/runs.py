@@ -23,6 +23,7 @@ from .checkpoint import load, save
 from .data import Dataset
 from .devices import usable_device
 from .evaluation import Density, Evaluation, density, evaluate, row_scores
+from .files import sync, sync_names
 from .flow import NICE
 from .preprocessing import Preprocessing
 from .ranks import Ranks
@@ -106,10 +107,12 @@ def run_folder(
     def finish() -> None:
         old = out.with_name(f".{out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
+        sync(folder)
         if out.exists():
             out.rename(old)
         try:
             folder.rename(out)
+            sync_names(out.parent)
         except BaseException:
             if old.exists():
                 old.rename(out)

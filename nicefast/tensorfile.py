@@ -1,8 +1,14 @@
-"""Tensors and plain values in one safetensors file, whole or not at all; none of it can run."""
+"""Tensors and plain values in one safetensors file, whole or not at all; none of it can run.
+
+A digest of all of it lies among the plain values: a file in which a bit has changed is refused.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,9 @@ from torch import Tensor
 
 from ._version import __version__
 from .files import written
+
+WITHOUT_DIGEST = "0.1.0"  # the version whose files have none
+_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def write(
@@ -23,7 +32,7 @@ def write(
     """Write ``path`` beside its destination and rename it when complete.
 
     ``form`` names what the file holds, for :func:`read` to insist on. ImportError where
-    safetensors is not installed.
+    safetensors is not installed; OSError, which names ``path``, where it cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -32,11 +41,17 @@ def write(
     >>> tensors["a"], metadata["about"]
     (tensor([1., 1.]), 'ones')
     """
-    from_torch, _ = _safetensors()
+    from_torch, (_, error) = _safetensors()
     kept = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     about = {"format": form, "nicefast_version": __version__, **metadata}
+    about["digest"] = digest(kept, about)
     with written(path) as partial:
-        from_torch.save_file(kept, partial, metadata=about)
+        try:
+            from_torch.save_file(kept, partial, metadata=about)
+        except error as problem:
+            found = _OS_ERROR.search(str(problem))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def read(
@@ -44,8 +59,11 @@ def read(
     form: str,
     kind: str,
     device: torch.device | str | None = None,
+    verify: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, on ``device`` (default: the CPU), and metadata of what :func:`write` wrote.
+
+    ``verify``: the digest is computed again and compared; False saves that time for huge files.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,9 +82,34 @@ def read(
                 f"{path} is no {kind}: its metadata give the format as "
                 f"{metadata.get('format')!r}, expected {form!r}"
             )
-        return from_torch.load_file(path, device=str(device or "cpu")), metadata
+        tensors = from_torch.load_file(path, device="cpu")
     except error as problem:
         raise ValueError(f"{path} is truncated or no safetensors file: {problem}") from None
+    if "digest" not in metadata:
+        if metadata.get("nicefast_version") != WITHOUT_DIGEST:
+            raise ValueError(
+                f"{path} is damaged: its metadata have no 'digest', as every {kind} of a version "
+                f"after {WITHOUT_DIGEST} has"
+            )
+    elif verify and digest(tensors, metadata) != metadata["digest"]:
+        raise ValueError(f"{path} is damaged: its content is not what its digest says")
+    if device is not None:
+        tensors = {k: t.to(device) for k, t in tensors.items()}
+    return tensors, metadata
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of all tensors, and over the metadata but for
+    the digest itself."""
+    found = hashlib.sha256()
+    for key in sorted(metadata):
+        if key != "digest":
+            found.update(repr((key, metadata[key])).encode())
+    for key in sorted(tensors):
+        t = tensors[key]
+        found.update(repr((key, str(t.dtype), tuple(t.shape))).encode())
+        found.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _safetensors() -> tuple[Any, tuple[Any, type[Exception]]]:

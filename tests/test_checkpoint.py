@@ -3,8 +3,10 @@ import os
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
 import nicefast as nf
+from nicefast import tensorfile
 
 safetensors = pytest.importorskip("safetensors", reason="needs safetensors")
 from safetensors import safe_open  # noqa: E402
@@ -36,7 +38,7 @@ def test_round_trip(tmp_path, options, dtype):
     assert again.configuration == model.configuration
     assert [c.partition for c in again.couplings] == [c.partition for c in model.couplings]
     for (name, a), (other, b) in zip(
-        model.state_dict().items(), again.state_dict().items(), strict=True
+        model.named_parameters(), again.named_parameters(), strict=True
     ):
         assert name == other
         assert a.dtype == b.dtype == dtype
@@ -103,6 +105,7 @@ def tampered(tmp_path, change_metadata=None, change_tensors=None):
         metadata["configuration"] = json.dumps(configuration)
     if change_tensors:
         change_tensors(tensors)
+    metadata["digest"] = tensorfile.digest(tensors, metadata)
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -120,6 +123,16 @@ def tampered(tmp_path, change_metadata=None, change_tensors=None):
         lambda c: c.pop("features"),
         lambda c: c.update(partition=[[1, 1, 1, 1, 1, 1, 1, 1]] * 3),
         lambda c: c.update(partition=7),
+        lambda c: c.update(features=[2**28]),
+        lambda c: c.update(features=[1] * 10**6 + [8]),
+        lambda c: c.update(features=8.0),
+        lambda c: c.update(couplings=200_000),
+        lambda c: c.update(couplings=True),
+        lambda c: c.update(hidden=[1] * 100_000),
+        lambda c: c.update(hidden=[[1] * 1000] * 3),
+        lambda c: c.update(hidden=[0]),
+        lambda c: c.update(context=2**40),
+        lambda c: c.update(partition=[[1, 0] * 4] * 100_000),
     ],
 )
 def test_configuration_that_does_not_fit(tmp_path, change):
@@ -139,6 +152,128 @@ def test_tensors_that_do_not_fit(tmp_path):
         nf.load(
             tampered(tmp_path, change_tensors=lambda t: t["scaling.log_scale"].fill_(torch.nan))
         )
+
+
+def test_every_changed_bit_is_noticed(tmp_path):
+    """Or changes nothing: neither the density nor anything else that is loaded."""
+    path = tmp_path / "flow.safetensors"
+    model = nf.NICE(2, hidden=(2,), couplings=2, partition="random")
+    nf.save(model, path)
+    whole = path.read_bytes()
+    x = torch.randn(3, 2)
+    expected = model.log_prob(x)
+    noticed = 0
+    for bit in range(8 * len(whole)):
+        if bit % 5:  # a fifth of them: another bit of each byte
+            continue
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            again = nf.load(path)
+        except ValueError as error:
+            noticed += str(path) in str(error) and "\n" not in str(error)
+            continue
+        assert torch.equal(again.log_prob(x), expected), bit
+        assert again.configuration == model.configuration
+    assert noticed > len(whole) // 2
+
+
+def test_the_digest_can_be_left_unread(tmp_path):
+    path = tmp_path / "flow.safetensors"
+    nf.save(make(), path)
+    changed = bytearray(path.read_bytes())
+    changed[-200] ^= 1  # of a weight; at the end are fingerprints
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=r"flow\.safetensors is damaged: .* digest"):
+        nf.load(path)
+    assert nf.load(path, verify=False).features == 8
+
+
+def test_metadata_that_are_no_json_or_missing(tmp_path):
+    path = tampered(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    for change, says in (
+        ({"configuration": "{"}, "does not fit its own configuration"),
+        ({"configuration": None}, "does not fit its own configuration: no 'configuration'"),
+        ({"configuration": "[]"}, "the configuration is no JSON object"),
+        ({"digest": None}, "its metadata have no 'digest'"),
+    ):
+        found = {k: v for k, v in (metadata | change).items() if v is not None}
+        if "digest" not in change:
+            found["digest"] = tensorfile.digest(tensors, found)
+        save_file(tensors, path, metadata=found)
+        with pytest.raises(ValueError, match=says) as error:
+            nf.load(path)
+        assert str(path) in str(error.value)
+
+
+def baked_weight_norm(linear):
+    torch.nn.utils.parametrizations.weight_norm(linear)
+    torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
+
+
+def baked_spectral_norm(linear):
+    torch.nn.utils.parametrizations.spectral_norm(linear)
+    torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
+
+
+def baked_pruning(linear):
+    torch.nn.utils.prune.random_unstructured(linear, "weight", 0.5)
+    torch.nn.utils.prune.remove(linear, "weight")
+
+
+@pytest.mark.parametrize("bake", [baked_weight_norm, baked_spectral_norm, baked_pruning])
+def test_what_was_baked_into_weights_is_saved(tmp_path, bake):
+    model = make()
+    bake(model.couplings[0].conditioner.linears[0])
+    nf.save(model, tmp_path / "flow.safetensors")
+    x = torch.randn(3, 1, 2, 4)
+    assert torch.equal(nf.load(tmp_path / "flow.safetensors").log_prob(x), model.log_prob(x))
+
+
+@pytest.mark.parametrize("kind", ["conditioner", "linear", "weight"])
+def test_what_is_shared_stays_shared(tmp_path, kind):
+    model = make(partition="half", couplings=4)
+    first, third = (model.couplings[i].conditioner for i in (0, 2))
+    if kind == "conditioner":
+        model.couplings[2].conditioner = first
+    elif kind == "linear":
+        third.linears[1] = first.linears[1]
+    else:
+        third.linears[0].weight = first.linears[0].weight
+    nf.save(model, tmp_path / "flow.safetensors")
+    again = nf.load(tmp_path / "flow.safetensors")
+    x = torch.randn(3, 1, 2, 4)
+    assert torch.equal(again.log_prob(x), model.log_prob(x))
+    first, third = (again.couplings[i].conditioner for i in (0, 2))
+    assert (first is third) == (kind == "conditioner")
+    assert (first.linears[1] is third.linears[1]) == (kind != "weight")
+    assert (first.linears[0].weight is third.linears[0].weight) == (kind != "linear")
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        nf.save(make(), tmp_path / "flow.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "flow.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    import safetensors
+
+    def full(tensors, target, metadata):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*flow\.safetensors") as error:
+        nf.save(make(), tmp_path / "flow.safetensors")
+    assert error.value.errno == 28
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):

@@ -400,6 +400,67 @@ torch.save(flat(model), {out!r})
 """
 
 
+def with_other_values(data):
+    train = data.train.clone()
+    train[3, 1] = (train[3, 1] + 1) % 4
+    return replace(data, train=train)
+
+
+def test_a_fit_of_other_data_of_the_same_shape_is_not_resumed(tmp_path):
+    snapshot, recipe = tmp_path / "snapshot", replace(RECIPE, epochs=2)
+    fit_tiny(tiny_model(), recipe=recipe, snapshot=snapshot)
+    other = with_other_values(tiny_data())
+    with pytest.raises(ValueError, match="the data it began with have other values"):
+        fit_tiny(tiny_model(), other, recipe=recipe, snapshot=snapshot, resume=True)
+
+
+def test_a_changed_bit_of_a_snapshot_is_noticed(tmp_path):
+    snapshot, recipe = tmp_path / "snapshot", replace(RECIPE, epochs=2)
+    whole = tiny_model()
+    fit_tiny(whole, recipe=recipe, snapshot=snapshot)
+    content = snapshot.read_bytes()
+    for place in range(0, len(content), 97):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        snapshot.write_bytes(changed)
+        model = tiny_model()
+        try:
+            fit_tiny(model, recipe=recipe, snapshot=snapshot, resume=True)
+        except ValueError as error:
+            named = str(snapshot) in str(error)
+        else:
+            named = torch.equal(flat(model), flat(whole))
+        assert named, place
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.pop("fit"),
+        lambda a: a.pop("taken"),
+        lambda a: a.update(taken=-1),
+        lambda a: a.update(taken=1.5),
+        lambda a: a.update(taken=10**6),
+        lambda a: a.update(records=[[1, 2]]),
+        lambda a: a.update(records=[[2, 0.0, 0.0, 0.0, 0.0]]),
+        lambda a: a.update(best=[9, 0.0, 0.0, 0.0, 0.0]),
+        lambda a: a.update(best=None),
+        lambda a: a.update(seconds="a"),
+        lambda a: a.update(seconds=math.nan),
+    ],
+)
+def test_every_field_of_a_snapshot_is_looked_at(tmp_path, change):
+    from nicefast.training.snapshots import read_snapshot, write_snapshot
+
+    snapshot, recipe = tmp_path / "snapshot", replace(RECIPE, epochs=2)
+    fit_tiny(tiny_model(), recipe=recipe, snapshot=snapshot)
+    tensors, about = read_snapshot(snapshot, torch.device("cpu"))
+    change(about)
+    write_snapshot(snapshot, tensors, about)
+    with pytest.raises(ValueError, match=r"snapshot is (damaged|of another fit)"):
+        fit_tiny(tiny_model(), recipe=recipe, snapshot=snapshot, resume=True)
+
+
 def process(snapshot, out, resume, pause):
     code = PROCESS.format(
         tests=str(Path(__file__).parent),

@@ -133,7 +133,7 @@ class Codec:
     def _identity(self) -> bytes:
         """Of the model: its configuration and every bit of its parameters."""
         seal = hashlib.sha256(json.dumps([self.model.configuration, self.scale]).encode())
-        for name, parameter in sorted(self.model.state_dict().items()):
+        for name, parameter in sorted(self.model.named_parameters(remove_duplicate=False)):
             value = parameter.detach().cpu().contiguous()
             seal.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             seal.update(value.view(-1).view(torch.uint8).numpy().tobytes())

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.readers import read
+from ..files import put
 
 Integers = npt.NDArray[np.int64]
 KINDS = ("idx", "npy", "csv", "png")
@@ -150,7 +151,7 @@ class Sink:
     def finish(self) -> None:
         if self._file is not None:
             self._file.close()
-        os.replace(self._partial, self.path)
+        put(self._partial, self.path)
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:

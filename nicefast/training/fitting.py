@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from ..flow import NICE
 from ..precision import at_precision
 from ..preprocessing import Preprocessing
 from ..ranks import Ranks
+from .epochs import Epoch, Progress
 from .optimisers import average, learning_rate, make_optimiser
 from .recipe import Recipe
 from .snapshots import read_snapshot, write_snapshot
@@ -27,21 +30,6 @@ from .steps import Step
 
 TRAINING_NOISE = 1 << 62  # added to the seed: no row is ever scored with noise it was trained on
 CHECK_EVERY = 50  # steps from one look at the likelihood to the next, where a look makes a GPU wait
-
-
-class Epoch(NamedTuple):
-    """One epoch: mean log-likelihoods in nats per row, and the seconds spent since the beginning.
-
-    ``train`` is the mean over the minibatches as they went by, under the weights of the moment
-    (with units dropped, where they are); ``validation`` is that of the averaged weights. ``rate``
-    is training rows a second.
-    """
-
-    epoch: int
-    train: float
-    validation: float
-    seconds: float
-    rate: float
 
 
 @dataclass(frozen=True)
@@ -313,7 +301,18 @@ class _Fit:
             "preprocessing": self.preprocessing.configuration,
             "data": [self.data.name, *(len(rows) for rows in self._splits())],
             "seed": self.seed,
+            "digest": self.digest,
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows: others of the same shape are not those that the fit began with."""
+        found = hashlib.sha256()
+        for rows in self._splits():
+            found.update(repr((str(rows.dtype), tuple(rows.shape))).encode())
+            for piece in rows.split(1 << 16):
+                found.update(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def _splits(self) -> Iterator[Tensor]:
         yield from (self.data.train, self.data.validation, self.data.test)
@@ -323,19 +322,44 @@ class _Fit:
             raise ValueError("resume needs the snapshot to go on from")
         tensors, about = read_snapshot(self.snapshot, self.device)
         own = self._identity()
+        theirs = about.get("fit")
+        if not isinstance(theirs, dict):
+            raise ValueError(f"{self.snapshot} is damaged: it does not say of which fit it is")
+        if "digest" not in theirs:  # as version 0.1.0 wrote it
+            del own["digest"]
         for what, value in own.items():
-            if (theirs := about["fit"].get(what)) != value:
+            if theirs.get(what) == value:
+                continue
+            if what == "digest":
                 raise ValueError(
-                    f"{self.snapshot} is of another fit: its {what} is {theirs}, expected {value}"
+                    f"{self.snapshot} is of another fit: the data it began with have other values"
                 )
+            raise ValueError(
+                f"{self.snapshot} is of another fit: its {what} is {theirs.get(what)}, "
+                f"expected {value}"
+            )
+        try:
+            self._restore(tensors, Progress.of(about))
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as problem:
+            said = " ".join(str(problem).split())
+            raise ValueError(f"{self.snapshot} is damaged: {said}") from None
+
+    def _restore(self, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+        if missing := {"model", "average", "step"} - set(tensors):
+            raise ValueError(f"it has no tensors of {', '.join(sorted(missing))}")
+        best = tensors.get("best", {})
+        if (progress.best is None) != (not best):
+            raise ValueError("it has a best epoch without its weights, or these without that")
+        copy.deepcopy(self.average).load_state_dict(best or tensors["average"])  # do they fit
         self.model.load_state_dict(tensors["model"])
         self.average.load_state_dict(tensors["average"])
         self.step.restore(tensors["step"])
-        self.best_weights = tensors.get("best", {})
-        self.taken = about["taken"]
-        self.records = [Epoch(*record) for record in about["records"]]
-        self.best = Epoch(*about["best"]) if about["best"] else None
-        self.before = about["seconds"]
+        self.best_weights = best
+        self.taken, self.records = progress.taken, progress.records
+        self.best, self.before = progress.best, progress.seconds
+        expected = len(self.records) * self.steps_each
+        if not expected <= self.taken < expected + max(self.steps_each, 1) + 1:
+            raise ValueError(f"{self.taken} steps in {len(self.records)} epochs")
 
     def finish(self) -> History:
         assert self.best is not None

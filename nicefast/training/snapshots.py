@@ -47,9 +47,16 @@ def read_snapshot(
         flat, metadata = tensorfile.read(path, FORMAT, "snapshot of a fit", device)
     except FileNotFoundError:
         raise ValueError(f"there is nothing to resume from: no file {path}") from None
-    about = json.loads(metadata["about"])
+    try:
+        about = json.loads(metadata["about"])
+    except KeyError:
+        raise ValueError(f"{path} is damaged: its metadata have no 'about'") from None
+    except ValueError as problem:
+        raise ValueError(f"{path} is damaged: 'about' is no JSON ({problem})") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is damaged: 'about' is no JSON object")
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():
-        group, name = key.split(".", 1)
+        group, _, name = key.partition(".")
         tensors.setdefault(group, {})[name] = value
     return tensors, about
