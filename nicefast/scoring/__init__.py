@@ -31,7 +31,6 @@ from ..ranks import Ranks
 from .engine import Engine, Sink
 from .formats import SINKS
 from .job import Job, Span, count_rows, versions
-from .journal import LISTED
 from .models import default_batch, digest, evaluating, event_shape, resolve, where
 from .outputs import OUTPUTS, Scorer
 from .sinks import ArraySink
@@ -183,15 +182,13 @@ def score(
     if batch_rows is not None:
         identity["batch_rows"] = batch_rows
     job = Job(path, identity, layout, rows, chunk_rows, strict, ranks, place)
-    entries = job.carry_out(
+    total = job.carry_out(
         lambda work: run(work.spans, work.sink, work.piece, work.batch, work.done),
         resume,
         overwrite,
         batch,
     )
-    listed = [row for entry in entries for row in entry.bad_rows][:LISTED]
-    rows, bad = sum(e.rows for e in entries), sum(e.bad for e in entries)
-    return Scores(rows, bad, tuple(listed), time.perf_counter() - began, {}, path)
+    return Scores(*total, time.perf_counter() - began, {}, path)
 
 
 def _check(

@@ -47,6 +47,14 @@ class NpySink(FileSink):
             self.file.seek(0)
             write_all(self.file, self._header(rows))
 
+    def can_hold(self, entry: Entry) -> bool:
+        offset = self._start + entry.chunk * self.chunk_rows * self._row
+        return (entry.file, entry.offset, entry.length) == (
+            self.path.name,
+            offset,
+            entry.rows * self._row,
+        )
+
     def _store(self, piece: Piece) -> None:
         dtype, shape = self.layout.array
         columns = [v.reshape(piece.rows, -1) for v in piece.values.values()]

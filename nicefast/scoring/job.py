@@ -13,7 +13,7 @@ import torch
 from .._version import __version__
 from ..ranks import Ranks
 from .formats import SINKS, import_pyarrow
-from .journal import FORMAT, Entry, Folder, Journal, Kept, read
+from .journal import FORMAT, Entry, Folder, Journal, Kept, Total, chunk_of, read
 from .sinks import FileSink, Layout
 
 Span = tuple[int, int | None]
@@ -54,8 +54,8 @@ class Job(NamedTuple):
 
     def carry_out(
         self, work: Callable[[Work], object], resume: bool, overwrite: bool, batch: int
-    ) -> list[Entry]:
-        """Chunk by chunk by ``work``, then assemble; what is known of each chunk, in order.
+    ) -> Total:
+        """Chunk by chunk by ``work``, then assemble; what is known of all rows.
 
         ``batch`` is the number of rows computed together where the identity does not give it.
 
@@ -76,7 +76,9 @@ class Job(NamedTuple):
                 folder.share()
                 kept = read(folder.path)
             if kept.assembled is None:
-                kept = self._finish_chunks(folder, kept, work)
+                total = self._finish_chunks(folder, kept, work)
+            else:
+                total = kept.assembled.total
             with together(self.ranks, self.device):
                 if chief:
                     folder.remove()
@@ -91,13 +93,13 @@ class Job(NamedTuple):
             raise
         finally:
             folder.release()
-        return _ordered(kept)
+        return total
 
-    def _finish_chunks(self, folder: Folder, kept: Kept, work: Callable[[Work], object]) -> Kept:
+    def _finish_chunks(self, folder: Folder, kept: Kept, work: Callable[[Work], object]) -> Total:
         identity = kept.identity or {}
-        batch = int(identity["batch_rows"])
+        batch, chunk = int(identity["batch_rows"]), chunk_of(identity)
         piece = min(batch, self.chunk_rows)
-        chunk = self.chunk_rows // piece * piece
+        assert chunk is not None  # for both numbers are in every job's identity
         journal: Journal | None = None
         sink: FileSink | None = None
         try:
@@ -109,6 +111,7 @@ class Job(NamedTuple):
                 sink = SINKS[self.path.suffix](
                     folder.path, journal, rank, self.layout, chunk, self.rows
                 )
+                kept = self._held(kept, sink, chunk)
                 # where memory was short before, it need not be found out again
                 batch = min([batch, *(e.batch for e in _ordered(kept)[-1:])])
                 spans = todo(kept, self.rows, chunk, self.ranks)
@@ -118,13 +121,22 @@ class Job(NamedTuple):
                 if self.ranks.rank == 0:
                     entries = _ordered(kept)
                     count = _counted(entries, self.rows, chunk)
-                    folder.finish(journal, sink.assemble(entries, count))
+                    folder.finish(journal, sink.assemble(entries, count), Total.of(entries))
         finally:
             if sink is not None:
                 sink.close()
             if journal is not None:
                 journal.close()
-        return kept
+        return Total.of(_ordered(kept))
+
+    def _held(self, kept: Kept, sink: FileSink, chunk: int) -> Kept:
+        """Without chunks that this table and this kind of file cannot have."""
+
+        def can_be(entry: Entry) -> bool:
+            left = chunk if self.rows is None else min(self.rows - entry.chunk * chunk, chunk)
+            return (self.rows is None or entry.rows == left) and sink.can_hold(entry)
+
+        return kept._replace(entries={i: e for i, e in kept.entries.items() if can_be(e)})
 
 
 @contextmanager

@@ -180,6 +180,10 @@ class FileSink:
         """The complete file of all chunks, in order, on the disk; ValueError for damaged ones."""
         raise NotImplementedError
 
+    def can_hold(self, entry: Entry) -> bool:
+        """Whether a chunk of so many rows can be where the journal says."""
+        return entry.file.endswith(self.kind)
+
     def _name(self, rank: int) -> str:
         return f"data.{rank}{self.kind}"
 
