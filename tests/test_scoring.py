@@ -621,6 +621,59 @@ def test_a_source_that_changes_is_noticed(flow, tmp_path):
         score(flow, table, batch_rows=50)
 
 
+@pytest.mark.parametrize("after", [5 * 8, 200])
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "cut off"])
+@pytest.mark.parametrize("source", ["x.npy", "x.npz", "x.arrow", "x.csv", "x.parquet"])
+def test_a_file_that_changes_while_it_is_scored(flow, tmp_path, source, change, after):
+    """Its rows are those of one version, or there is an error and no file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(path, x):
+        table = pa.table({f"c{i}": x[:, i] for i in range(D)})
+        if path.suffix == ".csv":
+            np.savetxt(path, x, "%12.5f", ",", header=",".join("abcdef"), comments="")
+        elif path.suffix == ".parquet":
+            pq.write_table(table, path, row_group_size=16)
+        elif path.suffix == ".arrow":
+            with pa.ipc.new_file(path, table.schema) as file:
+                file.write_table(table, 16)
+        else:
+            (np.save if path.suffix == ".npy" else np.savez)(path, x)
+
+    path, out = tmp_path / source, tmp_path / "y.npy"
+    options = {"chunk_rows": 8, "batch_rows": 8}
+    write(path, rows(200, 1))
+    other = path.read_bytes()
+    write(path, rows(200))
+    whole = score(flow, path, tmp_path / "whole.npy", **options).path.read_bytes()
+    first, stat = path.read_bytes(), path.stat()
+
+    def told(done, *_):
+        if done != after:
+            return
+        if change == "cut off":
+            os.truncate(path, len(first) // 3)
+        elif change == "rewritten":
+            path.write_bytes(other)
+        else:
+            (tmp_path / "new").write_bytes(other)
+            (tmp_path / "new").replace(path)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    with pytest.raises(ValueError, match=f"{source}: it was changed while it was read"):
+        score(flow, path, out, progress=told, **options)
+    assert not out.exists()
+    kept = read(tmp_path / "y.npy.unfinished")
+    assert len(kept.entries) >= (after // 8 - 3)  # two may wait to be written
+    path.write_bytes(first)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    score(flow, path, out, resume=True, **options)
+    assert out.read_bytes() == whole
+    with pytest.raises(ValueError, match="changed while it was read"):
+        score(flow, path, progress=told, batch_rows=8)
+
+
 def test_default_batch_and_digest(flow):
     assert default_batch(nf.NICE(2, hidden=(4,)), 2, False) == 65536
     wide = nf.NICE(784, hidden=(1000,) * 5)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import math
-import mmap
 import struct
 import zipfile
 from array import array
@@ -297,9 +296,7 @@ def _parquet(path: Path, _: str | None) -> Content:
 
 
 def _mat(path: Path, key: str | None) -> Content:
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays = dict(elements(memoryview(mapped)))
+    arrays = dict(elements(memoryview(path.read_bytes())))  # not mapped: it may be cut off
     name = _choose(list(arrays), ("X", "images"), key)
     values = arrays[name]
     if key is None and name == "X" and "y" in arrays and values.shape[:3] == (32, 32, 3):

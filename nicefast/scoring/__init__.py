@@ -121,7 +121,8 @@ def score(
     Raises:
         ValueError: arguments that do not go together; an ``out`` or an unfinished job that is
             there already, none to be resumed, or one of another model, source or options, naming
-            what differs; rows that cannot be read or scored, naming file, row or column.
+            what differs; rows that cannot be read or scored, naming file, row or column; a source
+            that is changed meanwhile (chunks that were finished before are kept).
         TypeError: a model without ``log_prob``; arguments of a wrong kind.
         OSError: a full disk and the like.
         ImportError: a format whose package is not installed.
@@ -159,6 +160,7 @@ def score(
     if path is None:
         arrays = ArraySink(layout)
         run([(0, rows)], arrays, batch if rows is None else max(1, min(batch, rows)), batch, 0)
+        _check_unchanged(table)
         seconds = time.perf_counter() - began
         bad_rows = tuple(arrays.bad_rows)
         return Scores(arrays.rows, arrays.bad, bad_rows, seconds, arrays.values, None)
@@ -187,6 +189,7 @@ def score(
         resume,
         overwrite,
         batch,
+        lambda: _check_unchanged(table),
     )
     return Scores(*total, time.perf_counter() - began, {}, path)
 
@@ -223,6 +226,12 @@ def _table(source: Any, columns: Any, keys: Any, shape: tuple[int, ...] | None) 
     from .tables import open_table
 
     return open_table(source, columns=columns, keys=keys, event_shape=shape)
+
+
+def _check_unchanged(table: Any) -> None:
+    """ValueError where the source is not what it was when the job began."""
+    if hasattr(table, "check_unchanged"):
+        table.check_unchanged()
 
 
 def _plain(columns: Any) -> list[str | int] | None:

@@ -53,11 +53,18 @@ class Job(NamedTuple):
     device: torch.device
 
     def carry_out(
-        self, work: Callable[[Work], object], resume: bool, overwrite: bool, batch: int
+        self,
+        work: Callable[[Work], object],
+        resume: bool,
+        overwrite: bool,
+        batch: int,
+        check: Callable[[], None],
     ) -> Total:
         """Chunk by chunk by ``work``, then assemble; what is known of all rows.
 
-        ``batch`` is the number of rows computed together where the identity does not give it.
+        ``batch`` is the number of rows computed together where the identity does not give it;
+        ``check`` raises where the source is another than at first, and is asked before the file
+        gets its name.
 
         Raises ValueError as :meth:`nicefast.scoring.journal.Folder.claim`, where there is nothing
         by which a job to resume could be recognised, and what ``work`` raises; RuntimeError where
@@ -76,7 +83,7 @@ class Job(NamedTuple):
                 folder.share()
                 kept = read(folder.path)
             if kept.assembled is None:
-                total = self._finish_chunks(folder, kept, work)
+                total = self._finish_chunks(folder, kept, work, check)
             else:
                 total = kept.assembled.total
             with together(self.ranks, self.device):
@@ -95,7 +102,13 @@ class Job(NamedTuple):
             folder.release()
         return total
 
-    def _finish_chunks(self, folder: Folder, kept: Kept, work: Callable[[Work], object]) -> Total:
+    def _finish_chunks(
+        self,
+        folder: Folder,
+        kept: Kept,
+        work: Callable[[Work], object],
+        check: Callable[[], None],
+    ) -> Total:
         identity = kept.identity or {}
         batch, chunk = int(identity["batch_rows"]), chunk_of(identity)
         piece = min(batch, self.chunk_rows)
@@ -121,7 +134,9 @@ class Job(NamedTuple):
                 if self.ranks.rank == 0:
                     entries = _ordered(kept)
                     count = _counted(entries, self.rows, chunk)
-                    folder.finish(journal, sink.assemble(entries, count), Total.of(entries))
+                    assembled = sink.assemble(entries, count)
+                    check()
+                    folder.finish(journal, assembled, Total.of(entries))
         finally:
             if sink is not None:
                 sink.close()

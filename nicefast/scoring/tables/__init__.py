@@ -2,13 +2,15 @@
 
 base       blocks of an exact size out of parts of any
 selection  which columns, by name or position
-files      which files; fingerprints, mapping, errors that name the file
+files      which files; fingerprints, reading, errors that name the file
 arrays     .npy, .npz, IDX, HDF5;  columnar  Parquet, Arrow;  text  CSV;  memory  the rest
+messages   where the record batches of an Arrow file are
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ...data.matlab import WrongError
 from . import arrays
 from .base import Block, Columns, Part, Table
 from .columnar import Arrow, Parquet
-from .files import expand, fingerprint, guarded, kind_of
+from .files import Untouched, expand, fingerprint, guarded, kind_of
 from .memory import Held, Iterated
 from .selection import Wanted, listed
 from .text import CSV
@@ -48,11 +50,11 @@ def open_table(
     """A table of ``source``'s rows, of which nothing is held in memory but what is read at a time.
 
     ============== ================================================================================
-    .npy           mapped: blocks are views
-    .npz           ``X``, ``x_train``, the only array, or ``file.npz::name``; mapped where it is not
-                   compressed, else decompressed as it is read (whole where columns come first)
+    .npy           by rows, whether rows or columns come first in it
+    .npz           ``X``, ``x_train``, the only array, or ``file.npz::name``; as .npy where it is
+                   stored, else decompressed as it is read (whole where columns come first)
     Parquet        by row groups; a folder means all ``.parquet`` below it, sorted by name
-    Arrow, Feather ``.arrow``, ``.feather``, ``.ipc``: files and streams, mapped
+    Arrow, Feather ``.arrow``, ``.feather``, ``.ipc``: files and streams
     .csv           under a header or none; int64 where all values are, else float64
     IDX            any other ending, gzipped or not
     HDF5           ``.h5``, ``.hdf5``: the only dataset of numbers, or ``file.h5::/group/name``
@@ -63,7 +65,8 @@ def open_table(
     where all are, otherwise float64 or what holds them; bools are uint8; missing values are NaN,
     with which integers are float64. Values that are not finite are left to whoever scores them.
     Several files are one table, in the order given; the first says what columns are called, the
-    others have them by name in any order, or in the same number.
+    others have them by name in any order, or in the same number. No file is mapped; one that is
+    written to, replaced or cut off after this is an error when its rows are read.
 
     Args:
         source: a path, a pattern such as ``"rows/*.parquet"``, a folder, a list of these; a NumPy
@@ -101,7 +104,8 @@ def open_table(
             part = Held(source, name, wanted)
         except WrongError as why:
             raise ValueError(f"source, {name}: {why}") from None
-        return Table(name, [part], part.fingerprint(chosen))
+        again = partial(part.fingerprint, chosen)
+        return Table(name, [part], again(), fingerprint_now=again)
     if isinstance(source, str | Path) or _is_paths(source):
         return _of_files(source, wanted)
     if isinstance(source, Iterable) and not isinstance(source, bytes | dict):
@@ -124,6 +128,7 @@ def _is_paths(source: Any) -> bool:
 
 def _of_files(source: Any, wanted: Wanted) -> Table:
     files = expand(source)
+    before = [Untouched(path) for path, _ in files]
     parts: list[Part] = []
     for path, key in files:
         kind = kind_of(path)
@@ -137,7 +142,8 @@ def _of_files(source: Any, wanted: Wanted) -> Table:
         parts.append(part)
     more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
     about = (parts[0].names, wanted.columns, tuple(parts[0].key_types), parts[0].features)
-    return Table(f"{parts[0].name}{more}", parts, fingerprint(files, about))
+    again = partial(fingerprint, files, about)
+    return Table(f"{parts[0].name}{more}", parts, again(), files=before, fingerprint_now=again)
 
 
 def _check_keys(first: Part, other: Part) -> None:
