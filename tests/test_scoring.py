@@ -76,12 +76,12 @@ class Held:
         self.x, self.rows = x, len(x) if known else None
         self.features, self.dtype = x.shape[1], x.dtype
         self.fails_at, self.error = fails_at, error
-        self.first_read = None
+        self.reads = []  # where each reading began
 
     def blocks(self, size, start=0, stop=None):
         stop = len(self.x) if stop is None else stop
+        self.reads.append(start)
         for at in range(start, stop, size):
-            self.first_read = at if self.first_read is None else self.first_read
             end = min(at + size, stop)
             if self.fails_at is not None and end > self.fails_at:
                 raise self.error
@@ -331,7 +331,8 @@ def test_a_source_that_fails_half_way(flow, tmp_path, kind, known):
     seen = []
     found = score(flow, table, out, resume=True, progress=lambda n, *_: seen.append(n), **options)
     assert found.rows == 200
-    assert table.first_read == 16 * len(done)  # what was finished is not read again
+    # what was finished last is compared, the rest is not read again
+    assert table.reads == [16 * (len(done) - 1), 16 * len(done)]
     assert seen[0] == 16 * len(done) + 8
     assert out.read_bytes() == (tmp_path / f"whole{kind}").read_bytes()
     assert not (tmp_path / f"y{kind}.unfinished").exists()
@@ -358,7 +359,7 @@ def test_damage_is_found_and_done_again(flow, tmp_path, kind):
         file.write(b'{"chunk":9,"rows":8,"bad":0,"bad_ro')
     table = Held(x)
     score(flow, table, out, resume=True, **options)
-    assert table.first_read == 8
+    assert table.reads == [8 * (len(entries) - 1), 8, 8 * len(entries)]
     assert out.read_bytes() == (tmp_path / f"whole{kind}").read_bytes()
 
 
@@ -402,6 +403,73 @@ def test_resume_refuses_another_job_and_names_what_differs(flow, tmp_path):
         score(flow, Held(x), out, resume=True, **options)
     score(flow, Held(x), out, resume=True, overwrite=True, **options)
     assert out.read_bytes() == before
+
+
+class Scaled(torch.nn.Module):
+    """A density with a number that is neither parameter nor configuration, and which may fail."""
+
+    def __init__(self, flow, factor, fails_after=None):
+        super().__init__()
+        self.flow, self.numbers = flow, {"factor": factor, "left": fails_after}
+
+    def log_prob(self, x):
+        if self.numbers["left"] is not None:
+            self.numbers["left"] -= 1
+            if self.numbers["left"] < 0:
+                raise OSError("gone")
+        return self.flow.log_prob(x) * self.numbers["factor"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_model_of_the_same_parameters_is_noticed(flow, tmp_path, kind, monkeypatch):
+    """The last finished chunk is scored again: bit for bit here, to a tolerance elsewhere."""
+    x, out = rows(100), tmp_path / f"y{kind}"
+    x[48:] = np.nan  # the last chunks say nothing: the last that says something is compared
+    options = {"chunk_rows": 8, "batch_rows": 8}
+    whole = score(Scaled(flow, 1.0), Held(x), tmp_path / f"whole{kind}", **options).path
+    with pytest.raises(OSError, match="gone"):
+        score(Scaled(flow, 1.0, 6), Held(x, fails_at=90, error=OSError("gone")), out, **options)
+    folder = tmp_path / f"y{kind}.unfinished"
+    assert len(read(folder).entries) > 6
+    left = sorted(path.name for path in folder.iterdir())
+    for factor in (1.5, 1 + 1e-6):
+        with pytest.raises(ValueError, match=r"resume: row 4\d comes out otherwise: .* same bits"):
+            score(Scaled(flow, factor), Held(x), out, resume=True, **options)
+        assert sorted(path.name for path in folder.iterdir()) == left
+    other = Held(x.copy())
+    other.x[40:48] += 1  # of the same fingerprint
+    with pytest.raises(ValueError, match="resume: row 40 comes out otherwise"):
+        score(Scaled(flow, 1.0), other, out, resume=True, **options)
+    monkeypatch.setattr(sinks_module, "processor", lambda: "another")
+    with pytest.raises(ValueError, match=r"resume: row 4\d comes out otherwise: .*to 0.0001"):
+        score(Scaled(flow, 1.5), Held(x), out, resume=True, **options)
+    found = score(Scaled(flow, 1 + 1e-6), Held(x), out, resume=True, **options)
+    assert (found.rows, found.bad) == (100, 52)
+    np.testing.assert_allclose(result(out), result(whole), rtol=1e-5)
+
+
+def test_another_activation_of_the_same_parameters_is_noticed(tmp_path):
+    def model(activation):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(D, 5), torch.nn.Linear(5, 1))
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = net
+
+            def log_prob(self, x):
+                return self.net[1](activation(self.net[0](x)))[:, 0]
+
+        return Net()
+
+    options = {"chunk_rows": 8, "batch_rows": 8}
+    broken = Held(rows(100), fails_at=80, error=OSError("gone"))
+    with pytest.raises(OSError, match="gone"):
+        score(model(torch.relu), broken, tmp_path / "y.npy", **options)
+    with pytest.raises(ValueError, match=r"resume: row .* comes out otherwise"):
+        score(model(torch.tanh), Held(rows(100)), tmp_path / "y.npy", resume=True, **options)
+    score(model(torch.relu), Held(rows(100)), tmp_path / "y.npy", resume=True, **options)
 
 
 def test_what_cannot_be_recognised_cannot_be_resumed(flow, tmp_path):

@@ -149,9 +149,9 @@ def score(
     rows, layout = count_rows(table, ranks), scorer.layout(table.keys)
     batch = batch_rows or default_batch(density, table.features, "gradient" in scorer.outputs)
 
-    def run(spans: Sequence[Span], sink: Sink, piece: int, batch: int, before: int) -> None:
+    def run(spans: Sequence[Span], sink: Sink, piece: int, batch: int, before: int | None) -> None:
         def told(done: int, size: int) -> None:
-            if progress is not None:
+            if progress is not None and before is not None:
                 progress(before + done, rows, size)
 
         with evaluating(density):

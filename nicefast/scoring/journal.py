@@ -17,7 +17,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,11 +25,12 @@ FORMAT = "nicefast.scores/2"
 WITHOUT_CHECKSUMS = "nicefast.scores/1"  # the format of nicefast 0.1.0
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
+ASIDE = "again"
 LISTED = 20  # bad rows that are kept by number
 _DATA = re.compile(r"data(\.\d+)?\.(npy|csv|arrow)")
 _ASSEMBLED = re.compile(r"data\.npy|data\.0\.csv|assembled\.(csv|parquet)")
 _OURS = re.compile(
-    r"journal(\.\d+)?\.jsonl(\.partial)?|data(\.\d+)?\.\w+|assembled\.\w+|lock|again"
+    rf"journal(\.\d+)?\.jsonl(\.partial)?|data(\.\d+)?\.\w+|assembled\.\w+|{LOCK}|{ASIDE}"
 )
 _BLOCK = 1 << 22
 
@@ -37,7 +38,8 @@ _BLOCK = 1 << 22
 class Entry(NamedTuple):
     """A finished chunk: which rows were bad, and where its bytes are.
 
-    ``batch`` is the number of rows that were computed together when it ended.
+    ``batch`` is the number of rows that were computed together when it ended, ``processor`` what
+    they were computed by.
     """
 
     chunk: int
@@ -49,6 +51,7 @@ class Entry(NamedTuple):
     offset: int
     length: int
     crc: int
+    processor: str = ""
 
 
 class Total(NamedTuple):
@@ -198,6 +201,17 @@ class Folder:
         self.release()
         shutil.rmtree(self._old, ignore_errors=True)
 
+    @contextmanager
+    def aside(self) -> Iterator[Path]:
+        """A folder in the folder, for what is not kept."""
+        place = self.path / ASIDE
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
     def discard(self) -> None:
         """Remove the folder if it was claimed: what it holds is of no use."""
         if self._claimed and self.path.exists():
@@ -297,7 +311,8 @@ def _entry(found: Mapping[str, Any], identity: Mapping[str, Any]) -> Entry | Non
     """A line as an entry, None unless every field is what it can be."""
     if set(found) != set(Entry._fields):
         return None
-    counts = [found[name] for name in Entry._fields if name not in ("bad_rows", "file")]
+    others = ("bad_rows", "file", "processor")
+    counts = [found[name] for name in Entry._fields if name not in others]
     if not all(_is_count(count) for count in counts) or not _is_total(found):
         return None
     entry = Entry(**{**found, "bad_rows": tuple(found["bad_rows"])})
@@ -309,6 +324,7 @@ def _entry(found: Mapping[str, Any], identity: Mapping[str, Any]) -> Entry | Non
         and 1 <= entry.batch <= batch
         and entry.length > 0
         and entry.crc < 1 << 32
+        and isinstance(entry.processor, str)
         and isinstance(entry.file, str)
         and _DATA.fullmatch(entry.file) is not None
         and all(first <= row < first + entry.rows for row in entry.bad_rows)
