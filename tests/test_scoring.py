@@ -28,6 +28,8 @@ from nicefast.scoring.outputs import DRAW
 pytest.importorskip("safetensors")
 pytest.importorskip("pyarrow")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the first line holds numbers")
+
 KINDS = (".npy", ".csv", ".parquet")
 D = 6
 

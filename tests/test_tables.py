@@ -17,6 +17,8 @@ pa = pytest.importorskip("pyarrow", reason="Parquet, Arrow and CSV are read by p
 from pyarrow import feather, ipc  # noqa: E402
 from pyarrow import parquet as pq  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the first line holds numbers")
+
 N, D = 23, 3
 
 

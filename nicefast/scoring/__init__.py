@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ..checks import check_count, check_path, check_type
+from ..data.header import Header
 from ..devices import device_of, usable_device
 from ..evaluation import Density
 from ..precision import matmul_precision
@@ -69,6 +70,7 @@ def score(
     outputs: Sequence[str] = ("log_prob",),
     columns: Any = None,
     keys: Sequence[Any] = (),
+    header: Header = "auto",
     batch_rows: int | None = None,
     chunk_rows: int = 65536,
     device: torch.device | str | None = None,
@@ -106,6 +108,7 @@ def score(
             unless given.
         outputs: names, see :class:`nicefast.scoring.outputs.Scorer`.
         columns, keys: the columns that are features, and those to carry over.
+        header: whether the first line of ``.csv`` files is one: True, False or "auto".
         batch_rows: rows that are computed together, halved where memory does not do; unless given,
             see :func:`nicefast.scoring.models.default_batch`.
         chunk_rows: rows that are finished together, rounded down to whole batches.
@@ -144,7 +147,7 @@ def score(
     _check(path, keys, batch_rows, chunk_rows, resume, ranks)
     density, steps = resolve(model, preprocessing, device)
     place = device_of(density) if device is None else usable_device(device)
-    table = _table(source, columns, keys, event_shape(density))
+    table = _table(source, columns, keys, header, event_shape(density))
     scorer = Scorer(density, steps, outputs, table.features, seed, draws, reference)
     rows, layout = count_rows(table, ranks), scorer.layout(table.keys)
     batch = batch_rows or default_batch(density, table.features, "gradient" in scorer.outputs)
@@ -215,7 +218,9 @@ def _check(
         raise ValueError("keys are for .parquet and .csv: a .npy file holds numbers alone")
 
 
-def _table(source: Any, columns: Any, keys: Any, shape: tuple[int, ...] | None) -> Any:
+def _table(
+    source: Any, columns: Any, keys: Any, header: Header, shape: tuple[int, ...] | None
+) -> Any:
     if hasattr(source, "blocks") and hasattr(source, "fingerprint"):  # a table already
         wanted = source.features if shape is None else math.prod(shape)
         if source.features != wanted:
@@ -225,7 +230,7 @@ def _table(source: Any, columns: Any, keys: Any, shape: tuple[int, ...] | None) 
         return source
     from .tables import open_table
 
-    return open_table(source, columns=columns, keys=keys, event_shape=shape)
+    return open_table(source, columns, keys, shape, header)
 
 
 def _check_unchanged(table: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...data.header import Header, said_header
 from ...data.matlab import WrongError
 from . import arrays
 from .base import Block, Columns, Part, Table
@@ -46,6 +47,7 @@ def open_table(
     columns: Columns | None = None,
     keys: Columns = (),
     event_shape: Sequence[int] | None = None,
+    header: Header = "auto",
 ) -> Table:
     """A table of ``source``'s rows, of which nothing is held in memory but what is read at a time.
 
@@ -77,6 +79,8 @@ def open_table(
         keys: of columns to be carried over as they are: of Parquet, Arrow and CSV files. In CSV
             they are text; without a header they are called ``column_0`` ...
         event_shape: of a row; checked, and flattened.
+        header: whether the first line of CSV files is one: True, False or "auto", which is decided
+            by :func:`nicefast.data.header.is_header`; of no meaning for other sources.
 
     Raises:
         ValueError: no such file, no match, damaged or truncated, of an unknown format; a missing or
@@ -96,7 +100,8 @@ def open_table(
     """
     chosen = None if columns is None else listed("columns", columns)
     shape = None if event_shape is None else tuple(map(int, event_shape))
-    wanted = Wanted(chosen, listed("keys", keys), shape)
+    said_header(header)
+    wanted = Wanted(chosen, listed("keys", keys), shape, header=header)
     if isinstance(source, np.ndarray | Tensor):
         kind = "array" if isinstance(source, np.ndarray) else "tensor"
         name = f"{kind} of shape {tuple(source.shape)}"

@@ -49,7 +49,7 @@ def guarded(path: Path | str, kind: str) -> Iterator[None]:
     """Whatever a parser makes of a broken file is one ValueError that begins with its path."""
     try:
         yield
-    except ImportError:
+    except (ImportError, Warning):
         raise
     except WrongError as why:
         raise ValueError(f"{path}: {why}") from None
