@@ -224,6 +224,61 @@ def test_bad_rows_are_nan_and_touch_no_other(flow, tmp_path):
         assert (kept.bad, kept.bad_rows, kept.rows) == (found.bad, found.bad_rows, 2000)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f8", "int64", "uint8", "bool"])
+def test_what_is_masked_is_missing(flow, tmp_path, dtype):
+    """In arrays and in iterables of them: what lies under the mask is never scored."""
+    x = (np.abs(rows(60, 3)) * 5 % 2 if dtype in ("uint8", "bool") else rows(60, 3) * 5).astype(
+        dtype
+    )
+    mask = np.zeros(x.shape, bool)
+    mask[[4, 17, 17], [0, 3, 5]] = True
+    masked = np.ma.array(x, mask=mask)
+    expected = score(flow, x).values["log_prob"].copy()
+    expected[[4, 17]] = np.nan
+    found = score(flow, masked, batch_rows=7)
+    assert (found.bad, found.bad_rows) == (2, (4, 17))
+    np.testing.assert_allclose(found.values["log_prob"], expected, rtol=1e-5)
+    x[mask] = 100  # which has no say
+    again = score(flow, np.ma.array(x, mask=mask), batch_rows=7).values["log_prob"]
+    np.testing.assert_array_equal(again, found.values["log_prob"])
+    plain = score(flow, np.ma.array(x, mask=np.zeros_like(mask)))
+    np.testing.assert_array_equal(plain.values["log_prob"], score(flow, x).values["log_prob"])
+    images = np.ma.array(x.reshape(60, 2, 3), mask=mask.reshape(60, 2, 3))
+    parts = [images[:20], images[20:40], images[40:]]
+    if dtype in ("float16", "float32", ">f8"):
+        values = score(flow, parts).values["log_prob"]
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+    else:
+        with pytest.raises(
+            ValueError,
+            match=f"item 1: expected .* of float64 .*, found 6 of {dtype}".replace("bool", "uint8"),
+        ):
+            score(flow, parts)
+    score(flow, masked, tmp_path / "y.npy", batch_rows=7)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="row 4 holds values that are not finite"):
+        score(flow, masked, strict=True)
+
+
+def test_a_mask_is_part_of_the_source(flow, tmp_path):
+    x, mask = rows(60), np.zeros((60, D), bool)
+
+    def stop(done, *_):
+        if done > 30:
+            raise OSError("gone")
+
+    options = {"batch_rows": 8, "chunk_rows": 8}
+    with pytest.raises(OSError, match="gone"):
+        score(flow, np.ma.array(x, mask=mask), tmp_path / "y.npy", progress=stop, **options)
+    mask[50, 0] = True
+    with pytest.raises(ValueError, match="resume: source differs"):
+        score(flow, np.ma.array(x, mask=mask), tmp_path / "y.npy", resume=True, **options)
+    reference = np.ma.array([-10.0, -9.0, 1e9, -8.0], mask=[0, 0, 1, 0])
+    found = score(flow, x, outputs=["percentile"], reference=reference).values["percentile"]
+    expected = score(flow, x, outputs=["percentile"], reference=reference.compressed())
+    np.testing.assert_array_equal(found, expected.values["percentile"])
+
+
 def test_strict_names_the_first_and_keeps_what_was_finished(flow, tmp_path):
     x = rows(100)
     x[[71, 72]] = np.nan

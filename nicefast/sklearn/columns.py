@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..checks import filled
 from ..preprocessing import Preprocessing, Standardise
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -57,6 +58,22 @@ class Columns(Preprocessing):
     def exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Steps alone, without noise, in the dtype of ``x``: ``(y, log_det)``."""
         return self._flat(x, 0, 0)
+
+
+def unmasked(rows: Any) -> Any:
+    """X with NaN where it is masked, which scikit-learn's validation refuses as missing values.
+
+    NumPy would take what lies under the mask for values, also in a list of masked rows.
+    """
+    if isinstance(rows, list | tuple) and any(isinstance(r, np.ma.MaskedArray) for r in rows):
+        rows = np.ma.stack(rows)
+    return filled(rows)
+
+
+def refuse_masked(name: str, values: Any) -> None:
+    """ValueError where a value is masked."""
+    if np.ma.is_masked(values):
+        raise ValueError(f"Input {name} has masked values: expected all of them")
 
 
 def integer_columns(rows: Array, dequantise: str | bool, label: Callable[[int], str]) -> Array:

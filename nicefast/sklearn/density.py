@@ -13,7 +13,15 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..checks import check_count
 from ..flow import NICE
-from .columns import Array, Columns, constant_columns, integer_columns, labels, refuse_constant
+from .columns import (
+    Array,
+    Columns,
+    constant_columns,
+    integer_columns,
+    labels,
+    refuse_constant,
+    unmasked,
+)
 from .fitted import FittedFlow, fit_flow, mean_log_prob
 
 SEEDS = 2**31 - 1
@@ -128,7 +136,9 @@ class NICEDensity(DensityMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any = None) -> NICEDensity:
         """Fit to the rows of X (N, D), array or data frame; ``y`` is not looked at."""
-        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_min_features=2)
+        rows = validate_data(
+            self, unmasked(X), dtype=np.float64, ensure_min_samples=2, ensure_min_features=2
+        )
         label = labels(getattr(self, "feature_names_in_", None))
         constant = constant_columns(rows)
         if not self.drop_constant:
@@ -154,7 +164,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
     def score_samples(self, X: Any) -> Array:
         """Log-density of each row of X, in nats on X's own scale: (N,), float64."""
         check_is_fitted(self)
-        rows = validate_data(self, X, dtype=np.float64, reset=False)[:, self._kept]
+        rows = validate_data(self, unmasked(X), dtype=np.float64, reset=False)[:, self._kept]
         return mean_log_prob(self._flow.log_prob, rows, self._flow.columns.noisy, self.noise_draws)
 
     def score(self, X: Any, y: Any = None) -> float:

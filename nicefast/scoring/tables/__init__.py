@@ -65,7 +65,8 @@ def open_table(
 
     Columns of a file become one array: float32 where all are floats of at most 32 bits, integers
     where all are, otherwise float64 or what holds them; bools are uint8; missing values are NaN,
-    with which integers are float64. Values that are not finite are left to whoever scores them.
+    with which integers are float64, and so are values that are masked in an array. Values that are
+    not finite are left to whoever scores them.
     Several files are one table, in the order given; the first says what columns are called, the
     others have them by name in any order, or in the same number. No file is mapped; one that is
     written to, replaced or cut off after this is an error when its rows are read.
