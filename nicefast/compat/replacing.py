@@ -16,7 +16,6 @@ from typing import NamedTuple
 from torch import nn
 
 from ..layers import is_watched
-from .coupling import KEPT
 
 
 class Peer(NamedTuple):
@@ -136,7 +135,6 @@ def restore(module: nn.Module) -> int:
         own = _own_class(type(part))
         if own is not None:
             part.__class__ = own
-            part.__dict__.pop(KEPT, None)
             count += 1
     return count
 
