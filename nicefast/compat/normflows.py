@@ -137,7 +137,7 @@ class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
             return call(z)
         masked = b * z
         shift = self.t(masked).nan_to_num(torch.nan, torch.nan, torch.nan)
-        y = masked + (1 - b) * (z - shift if inverse else z + shift)
+        y = torch.addcmul(masked, 1 - b, z - shift if inverse else z + shift)
         return y, zero_log_det(masked)
 
 

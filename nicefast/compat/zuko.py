@@ -34,8 +34,16 @@ class CouplingTransform(transforms.CouplingTransform):  # type: ignore[misc]
     ) -> None:
         Transform.__init__(self)  # theirs would look for the mask's indices in every call
         self.of, self.partition, self.context, self.meta = of, partition, c, partial(of.meta, c)
-        sides = (indices(partition, of.mask.device, side).clone() for side in (True, False))
-        self.idx_a, self.idx_b = sides
+        device = of.mask.device
+        self._sides = indices(partition, device, True), indices(partition, device, False)
+
+    @property
+    def idx_a(self) -> Tensor:
+        return self._sides[0].clone()  # the memory of our own is shared
+
+    @property
+    def idx_b(self) -> Tensor:
+        return self._sides[1].clone()
 
     def _is_plain(self, x: Tensor) -> bool:
         return not is_traced(x) and why_not(self.of) is None
