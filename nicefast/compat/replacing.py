@@ -139,6 +139,11 @@ def restore(module: nn.Module) -> int:
     return count
 
 
+def own_methods(part: nn.Module) -> list[str]:
+    """The methods of its class that an instance has replaced."""
+    return [name for name in part.__dict__ if callable(getattr(type(part), name, None))]
+
+
 def _own_class(fast: type[nn.Module]) -> type[nn.Module] | None:
     """The peer's class that a fast one stands for: of the same name, and one of its bases."""
     if not fast.__module__.startswith(f"{__package__}."):
@@ -191,7 +196,7 @@ def _why_left(
             return f"shared: {places[inner][0]} is in {owners[inner]} couplings"
     if is_watched(part):
         return "it has hooks, or a forward of its own"
-    own = [name for name in part.__dict__ if callable(getattr(type(part), name, None))]
+    own = own_methods(part)
     if own:
         return f"it has a method of its own: {', '.join(own)}"
     tensors = [*part.parameters(), *part.buffers()]

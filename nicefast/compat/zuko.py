@@ -78,6 +78,11 @@ class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore
     Called with a context c (..., K) or None it gives a transform from data to latent; mask True
     conditions. A conditioner that writes over its input does not change y_a, as it does in zuko.
 
+    In training mode, dropout in the conditioner draws its units anew in each call of it, as in
+    zuko. ``log_abs_det_jacobian``, and ``call_and_ladj`` of the inverse, call the conditioner once
+    less than zuko does, since the log-determinant is 0: random numbers that are drawn later, and
+    running statistics of a BatchNorm, then differ from zuko's. Call ``eval()`` to compare.
+
     >>> import torch
     >>> from zuko.transforms import AdditiveTransform
     >>> from nicefast.compat.zuko import GeneralCouplingTransform
