@@ -120,7 +120,7 @@ class _Blocks:
             if d is None:
                 continue
             if c is not None:
-                c += d[:, g[side].shape[1] :]
+                c.add_(d[:, g[side].shape[1] :], alpha=-1 if self.inverse else 1)
             if reaches_x1:
                 d = d[:, : g[side].shape[1]]
                 g[side] = g[side] - d if self.inverse else g[side] + d
