@@ -6,7 +6,7 @@ whatever way it is made, is seen by the next call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -120,7 +120,7 @@ class CouplingStack:
         return self.join(t[None].split(sizes, 1), torch.empty_like(t)[None])[0]
 
 
-def read(couplings: nn.Module, device: torch.device, dtype: torch.dtype) -> CouplingStack | str:
+def read(couplings: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> CouplingStack | str:
     """The couplings as plain tensors on ``device``, or why those do not define the flow.
 
     ``dtype`` is that of the operands of products.
@@ -136,7 +136,7 @@ def read(couplings: nn.Module, device: torch.device, dtype: torch.dtype) -> Coup
     """
     if nn.modules.module._has_any_global_hook():
         return "global module hooks"
-    modules = list(couplings._modules.values())
+    modules = list(couplings)
     if not modules:
         return "no coupling"
     found, conditioning = [], []
@@ -199,8 +199,7 @@ def _why_not(layers: Layers, device: torch.device, inputs: int, outputs: int) ->
             return f"parameters that are no float32 tensors on {device}"
         if weight.device != device or bias.device != device:
             return f"parameters that are no float32 tensors on {device}"
-        out = bias.shape[0]
-        if weight.shape != (out, width):
-            return f"weights {tuple(weight.shape)} for {width} inputs"
-        width = out
+        if weight.shape[1:] != (width,) or bias.shape != weight.shape[:1]:
+            return f"weights {tuple(weight.shape)}, bias {tuple(bias.shape)} for {width} inputs"
+        width = bias.shape[0]
     return None if width == outputs else f"{width} outputs for {outputs} transformed features"
