@@ -46,7 +46,7 @@ class FrozenFlow:
     """
 
     def __init__(self, flow: Any, batch: int | None = None) -> None:
-        own = copy.deepcopy(flow).eval().requires_grad_(False)
+        own = _copy(flow).eval().requires_grad_(False)
         self.batch = batch
         self.event_shape: torch.Size = own.event_shape
         self.features: int = own.features
@@ -162,6 +162,12 @@ class _CapturedEngine:
             if key not in self._graphs:
                 self._graphs[key] = Graph(lambda *a: (call(*a),), self._batch, x, context)
             return self._graphs[key](x, context)[0]
+
+
+def _copy(flow: Any) -> Any:
+    """A deep copy, also of what a layer computed with gradients and kept, as a pruned one does."""
+    kept = (t for module in flow.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    return copy.deepcopy(flow, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
 
 
 def _plan(flow: Any, batch: int | None) -> Plan:

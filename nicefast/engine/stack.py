@@ -120,7 +120,9 @@ class CouplingStack:
         return self.join(t[None].split(sizes, 1), torch.empty_like(t)[None])[0]
 
 
-def read(couplings: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> CouplingStack | str:
+def read(
+    couplings: Iterable[nn.Module], device: torch.device, dtype: torch.dtype
+) -> CouplingStack | str:
     """The couplings as plain tensors on ``device``, or why those do not define the flow.
 
     ``dtype`` is that of the operands of products.
