@@ -10,35 +10,15 @@ import torch
 from torch.nn.utils import parametrizations, prune
 
 import nicefast as nf
-from helpers import make
-from nicefast import captures
+from helpers import Recorder, make
 from nicefast.engine import frozen as module
 from ways import results
-
-
-class Recorder:
-    """Stands in for CUDA's capture: what is replayed reads and writes fixed memory, as there."""
-
-    def __init__(self):
-        self.captures = 0
-
-    def __call__(self, call, device):
-        self.captures += 1
-        outputs = tuple(t.clone() for t in call())
-
-        def replay():
-            for out, new in zip(outputs, call(), strict=True):
-                out.copy_(new)
-
-        return replay, outputs
 
 
 @pytest.fixture
 def captured(monkeypatch):
     """Freezes a flow whose calls are captured, ``batch`` rows at a time."""
-    recorder = Recorder()
-    monkeypatch.setattr(module, "can_capture", lambda device: True)
-    monkeypatch.setattr(captures, "warm_capture", recorder)
+    recorder = Recorder.install(monkeypatch)
 
     def freeze(model, batch):
         flow = model.frozen(batch)

@@ -1,46 +1,32 @@
-"""Captured calls: right whatever happens to the parameters, the precision or the batch."""
+"""What is deprecated says so and still works: choose_path; graphed, whatever happens to the
+parameters, the precision or the batch."""
 
 import pytest
 import torch
 
 import nicefast as nf
-from helpers import make
-from nicefast import graphs
+from helpers import Recorder, make
 
-
-class Recorder:
-    """Stands in for CUDA's capture: what is replayed reads and writes fixed memory, as there."""
-
-    def __init__(self):
-        self.captures = 0
-
-    def __call__(self, call, device):
-        self.captures += 1
-        outputs = tuple(t.clone() for t in call())
-
-        def replay():
-            for out, new in zip(outputs, call(), strict=True):
-                out.copy_(new)
-
-        return replay, outputs
+pytestmark = pytest.mark.filterwarnings("ignore:.*graphed is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """On a GPU the real capture, counted."""
-    if torch.cuda.is_available():
-        real, found = graphs._capture, Recorder()
+    return Recorder.install(monkeypatch)
 
-        def capture(call, device):
-            found.captures += 1
-            return real(call, device)
 
-        monkeypatch.setattr(graphs, "_capture", capture)
-    else:
-        found = Recorder()
-        monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
-        monkeypatch.setattr(graphs, "_capture", found)
-    return found
+def test_choose_path():
+    model, x = make(6), torch.zeros(3, 6)
+    with pytest.warns(DeprecationWarning, match="use NICE.plan"):
+        assert nf.choose_path(model, x).name == "products"
+    with pytest.warns(DeprecationWarning, match="use NICE.plan"):
+        found = nf.choose_path(model, x.double())
+    assert (found.name, found.reason) == ("layer by layer", "float64 rows")
+
+
+def test_graphed_says_what_to_use():
+    with pytest.warns(DeprecationWarning, match="use NICE.frozen"):
+        make(6).graphed(4)
 
 
 @pytest.fixture(params=["auto", "triton"])
