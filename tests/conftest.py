@@ -12,6 +12,7 @@ import pytest
 
 import nicefast as nf
 from helpers import GuardedMemory
+from ways import Way
 
 torch.set_num_threads(
     max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
@@ -62,3 +63,13 @@ def guarded(monkeypatch, triton_backend):
     yield memory
     monkeypatch.undo()
     memory.check()
+
+
+@pytest.fixture(params=Way.NAMES)
+def way(request, monkeypatch):
+    """Each engine in turn, the layer path, and a frozen flow: see :class:`ways.Way`."""
+    if request.param in ("kernel", "gemm"):
+        pytest.importorskip("triton", reason="needs Triton")
+    found = Way(request.param, monkeypatch)
+    with nf.set_backend(found.backend):
+        yield found
