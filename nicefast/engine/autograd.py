@@ -1,7 +1,7 @@
 """The engine as one differentiable function.
 
-The backward pass is the engine's own. Where a gradient must itself be differentiable, or stands for
-several at once, it is computed in plain PyTorch instead, so that derivatives of any order are right.
+The backward pass is the engine's own. Where a gradient must itself be differentiable, or stands
+for several at once, plain PyTorch computes it instead, so that derivatives of any order are right.
 """
 
 from __future__ import annotations

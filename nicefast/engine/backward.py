@@ -1,10 +1,10 @@
 """The gradient of the row engine.
 
-It needs the operands of all products. Forward saves them up to a stated size; beyond it they are
-computed again, a block of rows at a time, from the rows that went in: one product more for the three
-of a plain training step, and memory that does not grow with the number of couplings. (From the
-result, as additive couplings would allow, rounding errors can grow with every coupling until the
-gradient is that of another flow.)
+It needs the operands of all products. Forward saves them up to a stated size. Beyond that size, the
+backward pass computes them again, a block of rows at a time, from the rows that went in: this costs
+one product more for the three of a plain training step, and memory does not grow with the number of
+couplings. (Additive couplings would also allow to start from the result, but there rounding errors
+can grow with every coupling until the gradient is that of another flow.)
 
 No gradient is computed that nobody asked for.
 """

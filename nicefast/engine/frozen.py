@@ -1,7 +1,7 @@
 """An immutable copy of a flow for inference, which owns what each call of the flow prepares anew.
 
-A frozen flow reads no modules, chooses no way, and casts, packs or arranges no weights in a call; on
-a GPU its calls can be captured as CUDA graphs and replayed.
+A frozen flow reads no modules, chooses no engine, and casts, packs or arranges no weights in a
+call; on a GPU its calls can be captured as CUDA graphs and replayed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The gemm engine: a wide flow on a GPU, cuBLAS's products between kernels of
 :mod:`nicefast.kernels.sides`.
 
-The rows go to the two halves of the partition once, at the boundary, and each last product adds to
-one of them in place. Its bias goes with the next kernel that has to run anyhow: what a half gets may
-be added to it at any time between the couplings that read it, so that the kernel at the boundary
-takes the first coupling's, one kernel those of two couplings, and the one that ends in log_prob the
-last. The gradient is the row engine's.
+A kernel at the boundary writes the rows as the two halves of the partition, and each conditioner's
+last product adds to one half in place. The bias of that product is added by the next kernel that
+has to run anyhow, since it may be added at any time before the next coupling reads that half: the
+kernel at the boundary takes the first coupling's bias, one kernel takes those of two couplings, and
+the kernel that ends in log_prob takes the last. The gradient is the row engine's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .rows import Residuals, RowEngine
 from .stack import CouplingStack
 
 Biases = tuple[Tensor | None, Tensor | None]
-LARGEST = 2.0**30  # of the rows that are thought of: larger ones have hardly a density
-LIMIT = 2.0**126  # below the largest number there is
+LARGEST = 2.0**30  # the bound holds for rows whose features are at most this
+LIMIT = 2.0**126  # no bound may reach this: it lies just below the largest float32
 
 
 class GemmEngine(RowEngine):
@@ -80,8 +80,8 @@ class GemmEngine(RowEngine):
         """Rows x through the flow (``inverse``: back) to ``out`` and ``log_prob``, if given."""
         kernels, halves = backend.kernels(), self.stack.halves
         before, after = (log_scale, None) if inverse else (None, log_scale)
-        # a NaN that is given is in log_prob, whatever became of it among the other features; in
-        # rows that are given back it has to stay where it was
+        # a NaN in a row makes its log_prob NaN, through the feature that has it, even where an
+        # epilogue lost it on the way to other features; rows that are returned must not lose it
         fuses_relu = self.fuses_relu and out is None
         for rows in self.blocks(len(x)):
             c = None if context is None else context[rows]
@@ -153,8 +153,11 @@ class GemmEngine(RowEngine):
 
 
 def gives_numbers(stack: CouplingStack) -> bool:
-    """Whether no product of a row without NaN gives NaN, by ``|W h + b| <= |W| |h| + |b|`` with root
-    sums of squares for sizes. The parameters are looked at, so that a GPU has to be waited for."""
+    """Whether no product of a row without NaN gives NaN.
+
+    ``|W h + b| <= |W| |h| + |b|``, with Euclidean norms, bounds every activation. The norms are
+    read by the host, which waits for the device.
+    """
     if stack.activation != "relu" or stack.context:
         return False
     sizes = torch.stack([torch.linalg.vector_norm(p.detach()) for p in stack.parameters]).tolist()

@@ -2,7 +2,7 @@
 
     kernel    one kernel launch from x to log_prob: where kernels run, for narrow conditioners
     gemm      cuBLAS's products between kernels at the boundary: where kernels run, for wide ones
-    rows      blocks of rows through nothing but products: on the CPU, and wherever kernels cannot run
+    rows      blocks of rows through plain products: on the CPU, and wherever kernels cannot run
     exact     flows with a grid: arithmetic that has the same bits everywhere
     layers    every module is called in turn: any conditioner, dtype, hook or transformation
 
@@ -55,8 +55,8 @@ class Flow(Protocol):
 def plan(flow: Flow, x: Tensor, context: Tensor | None = None) -> Plan:
     """The way of rows ``x`` (N, D), with context (N, K) or none, through ``flow``, and why.
 
-    What no engine serves goes layer by layer, which is never an error (but ValueError for an unknown
-    NICEFAST_BACKEND).
+    What no engine serves goes layer by layer: that is never an error. ValueError for an unknown
+    NICEFAST_BACKEND.
 
     >>> import torch, nicefast as nf
     >>> from nicefast.engine import plan

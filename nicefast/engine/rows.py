@@ -45,8 +45,8 @@ class Density(NamedTuple):
 class RowEngine:
     """Couplings, scaling and prior of a flow, a block of rows at a time.
 
-    Rows x and z are (N, D), their context is (N, K), all float32 on the stack's device; log_scale is
-    (D,). Methods record no gradients, and run with autocast switched off by their caller.
+    Rows x and z are (N, D), float32 on the stack's device, and so is log_scale (D,); the context is
+    (N, K). Methods record no gradients; their caller switches autocast off.
 
     Args:
         stack: the couplings.
@@ -144,7 +144,7 @@ class RowEngine:
 
     @cached_property
     def density(self) -> Density:
-        """Of log_scale as it is when this is first asked for; ValueError for one that is not finite, on the CPU."""
+        """Made of log_scale when it is first asked for; errors of :meth:`checked_log_scale`."""
         log_scale = self.checked_log_scale()
         return Density(self.stack.by_half(log_scale).exp(), constant(log_scale, self.prior))
 

@@ -121,7 +121,7 @@ class CouplingStack:
 
 
 def read(couplings: nn.Module, device: torch.device, dtype: torch.dtype) -> CouplingStack | str:
-    """The couplings as plain tensors on ``device``, or why they cannot be computed from those alone.
+    """The couplings as plain tensors on ``device``, or why those do not define the flow.
 
     ``dtype`` is that of the operands of products.
 

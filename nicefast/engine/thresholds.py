@@ -10,9 +10,9 @@ from __future__ import annotations
 #: it computes 257 GFLOP/s a core instead of 118 (AMD Zen 5), so that it pays from 4 MFLOP on.
 ONEDNN_FLOPS = 1 << 22
 
-#: Bytes of a block's widest activation. On the CPU, 4 MiB were within 3 % of the best in every case;
-#: 1 MiB cost 4 to 25 % (threads meet after every operation) and 16 MiB up to 27 % (Zen 5). On a GPU
-#: a block only has to fit into memory; no measurement yet.
+#: Bytes of a block's widest activation. On the CPU, 4 MiB were within 3 % of the best in every
+#: case; 1 MiB cost 4 to 25 % (threads meet after every operation) and 16 MiB up to 27 % (Zen 5). On
+#: a GPU a block only has to fit into memory; nothing has been measured there.
 BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 30}
 
 #: Bytes of the residuals of one batch up to which forward saves them for the gradient; the backward
