@@ -411,7 +411,10 @@ def measure(
                 if failure is None:
                     prepare = partial(switch.to, variant)
                     calls[name] = Call(make_call(model, direction), prepare)
-            timings = timing.interleave(calls, inputs, device, rounds, seconds, least=LEAST_SECONDS)
+            # the gate has run everything once
+            timings = timing.interleave(
+                calls, inputs, device, rounds, seconds, warmup=1, least=LEAST_SECONDS
+            )
         plain = timings[PLAIN].median if PLAIN in timings else None
         about = {"flow": replace(shape, rows=1).title.rpartition(",")[0], "rows": shape.rows}
         for name, status in found.items():
@@ -568,7 +571,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variant", nargs="+", choices=variants(), default=list(variants()))
     parser.add_argument("--threads", nargs="+", type=int, help="default: 1, and all")
     parser.add_argument("--allocator", nargs="+", choices=STATES, help="default: both")
-    parser.add_argument("--rounds", type=int, default=7, help="at least so many of each table")
+    parser.add_argument("--rounds", type=int, default=5, help="at least so many of each table")
     parser.add_argument("--seconds", type=float, default=1.0, help="at least so long a table")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: by processor")
     parser.add_argument("--report", action="store_true", help="the table of stored lines again")

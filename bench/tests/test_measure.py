@@ -491,7 +491,7 @@ def test_known_choices_go_on_beside_unknown_ones(monkeypatch, tmp_path, capsys):
 def test_unknown_commands_and_devices_are_refused(capsys):
     assert command.main(["frobnicate"]) == 2
     message = capsys.readouterr().err
-    assert "must be one of run, report, compare, dropin, generative, exact, comp" in message
+    assert "must be one of run, report, compare, ablation, trace, dropin, generative," in message
     assert "got 'frobnicate'" in message
     if not torch.cuda.is_available():
         assert command.main(["--device=cuda"]) == 2
