@@ -17,10 +17,12 @@ from bench.gate import Gate, values
 from bench.providers import (
     AUTOCAST,
     FLOAT32,
+    FROZEN,
     PRECISIONS,
     PROVIDERS,
     Plain,
     Shape,
+    inference_call,
     logistic_log_prob,
     make_weights,
     training_call,
@@ -66,9 +68,10 @@ def gate():
 
 def test_every_provider_computes_the_same_in_float64(provider, gate):
     _, model = provider
-    got, want = values(model.double(), X.double(), FLOAT32, "training"), gate.exact("training")
+    direction = "training" if model.trains else "log_prob"
+    got, want = values(model.double(), X.double(), FLOAT32, direction), gate.exact(direction)
     torch.testing.assert_close(got.value, want.value, rtol=1e-10, atol=1e-10)
-    assert len(got.gradients) == len(want.gradients) == 4 * 3 * 2 + 1
+    assert len(got.gradients) == len(want.gradients) == (4 * 3 * 2 + 1) * model.trains
     for g, exact in zip(got.gradients, want.gradients, strict=True):
         torch.testing.assert_close(g, exact, rtol=1e-9, atol=1e-12)
     back = values(model, gate.z.double(), FLOAT32, "inverse")
@@ -79,6 +82,8 @@ def test_every_provider_computes_the_same_in_float64(provider, gate):
 @pytest.mark.parametrize("direction", workloads.DIRECTIONS)
 def test_every_provider_passes_the_gate(provider, gate, precision, direction):
     _, model = provider
+    if direction == "training" and not model.trains:
+        pytest.skip("computes without gradients alone")
     for mode in PRECISIONS[precision]:
         assert gate.check(model, precision, mode, direction)[1] is None
 
@@ -214,6 +219,30 @@ def test_a_table(gate, direction):
     assert mine["best_other"] == "plain"
     assert mine["to_best_other"] == plain["median"] / mine["median"]
     assert plain["to_best_other"] == mine["median"] / plain["median"]
+
+
+def test_a_frozen_flow_is_no_competitor_of_an_ordinary_call(gate):
+    found = table(gate, ["plain", "nicefast", FROZEN])
+    assert all("median" in r for r in found.values())
+    assert found["nicefast"]["best_other"] == found[FROZEN]["best_other"] == "plain"
+    ours = min(found["nicefast"]["median"], found[FROZEN]["median"])
+    assert found["plain"]["to_best_other"] == ours / found["plain"]["median"]
+    refused = table(gate, ["plain", FROZEN], "training")[FROZEN]
+    assert refused["status"] == "skipped: it computes without gradients alone"
+
+
+def test_a_frozen_flow_has_the_precision_it_is_timed_in(gate):
+    model = PROVIDERS[FROZEN](SHAPE, WEIGHTS)
+    rough, fine = (inference_call(model, mode, "log_prob")(X) for mode in (AUTOCAST, FLOAT32))
+    torch.testing.assert_close(fine.double(), gate.exact("log_prob").value, rtol=1e-5, atol=1e-5)
+    assert (rough - fine).abs().max() > 1e-4
+
+
+def test_frozen_flows_take_part_in_small_batches_without_gradients():
+    for level in command.LEVELS:
+        for task in workloads.tasks(level, "cpu"):
+            small = task.shape.rows < 256 and task.direction != "training"
+            assert (FROZEN in task.providers) == (small and task.case in workloads.FLOWS)
 
 
 def test_peak_memory_is_that_of_one_call():
@@ -462,7 +491,7 @@ def test_known_choices_go_on_beside_unknown_ones(monkeypatch, tmp_path, capsys):
 def test_unknown_commands_and_devices_are_refused(capsys):
     assert command.main(["frobnicate"]) == 2
     message = capsys.readouterr().err
-    assert "must be one of run, report, compare, dropin, generative, exact, comp" in message
+    assert "must be one of run, report, compare, ablation, trace, dropin, generative," in message
     assert "got 'frobnicate'" in message
     if not torch.cuda.is_available():
         assert command.main(["--device=cuda"]) == 2

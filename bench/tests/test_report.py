@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import records, report
+from bench.providers import FROZEN
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
@@ -334,7 +335,7 @@ def test_nothing_to_report_is_said_in_one_line(tmp_path, capsys):
 
 
 def test_the_readme_s_table_is_made_of_the_committed_measurements():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     found = sorted((root / "bench" / "results").glob("*/default.jsonl"))
     assert found
     readme = set((root / "README.md").read_text().splitlines())
@@ -369,3 +370,23 @@ def test_beside_those_that_need_no_compiler():
     assert header == "|  | log_prob, float32, without torch.compile |"  # inverse: as it was
     assert rows == ["| D=64, hidden 256 x 3, 4 couplings, 16,384 rows | 2.00 (FrEIA) |"]
     assert list(report.without_compile(found[:3])) == []
+
+
+def test_small_batches_by_a_call_and_frozen():
+    title = "D=64, hidden 128 x 2, 8 couplings, 128 rows"
+    found = group({"plain": 2.0, "FrEIA": 1.5, "nicefast": 1.0}, case="small-batch", title=title)
+    frozen = {"to_best_other": 3.0, "best_other": "FrEIA"}
+    found.append(measurement(FROZEN, 0.5, case="small-batch", title=title, **frozen))
+    found += group({"nicefast": 1.0, "plain": 3.0})  # too many rows for a frozen flow
+    header, _, *rows = report.small_batches(found)
+    assert header == "|  | log_prob, float32: call / frozen |"
+    assert rows == [f"| {title} | 1.50 / 3.00 |"]
+    assert list(report.small_batches(found[:3])) == []
+
+
+def test_a_frozen_flow_is_none_of_the_others():
+    found = group({"nicefast": 1.0, "plain": 3.0})
+    found.append(measurement(FROZEN, 0.001))
+    found += [r | {"precision": "bf16"} for r in found if r["provider"] == "nicefast"]
+    *_, row = report.across(found)
+    assert row.endswith("| 3.00 (plain) |")

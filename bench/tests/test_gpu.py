@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from bench.providers import PRECISIONS, Shape, make_weights
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = Shape(8, (16, 12), 96)
-SCRIPT = Path(__file__).parents[1] / "bench" / "gpu_check.sh"
+SCRIPT = Path(__file__).parents[1] / "gpu_check.sh"
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
 
 
 STAND_IN = """#!/usr/bin/env bash
-echo "$PIP_BREAK_SYSTEM_PACKAGES $(basename "$0") $*" >> "$LOG"
+echo "$PIP_BREAK_SYSTEM_PACKAGES $(basename "$0") $(printf '%q ' "$@")" >> "$LOG"
 [ -z "${SAID:-}" ] || [[ "$*" != *"$SAID"* ]] || { echo "FAILED tests/test_some.py"; exit 1; }
 """
 
@@ -151,13 +152,15 @@ def test_the_check_on_a_gpu(tmp_path):
     assert f"--junitxml={tmp_path}/out/rest.xml" in rest
     assert f"--out {tmp_path}/out/default.jsonl" in bench
     for line in (bench, compiled):
-        options = command._parser(skipped := []).parse_args(line.split(" -m bench ")[1].split())
+        options = command._parser(skipped := []).parse_args(
+            shlex.split(line.split(" -m bench ")[1])
+        )
         assert not skipped
         assert options.device == "cuda"
-    for name in ("kernels/test_flow_kernels", "fused/test_whole", "fused/test_wide", "test_graphs"):
+    for name in ("kernels/test_flow_kernels", "test_functional"):
         assert f" tests/{name}.py " in tests
         assert f" --ignore=tests/{name}.py " in rest
-    assert tests.index("tests/kernels/") < tests.index("tests/fused/") < tests.index("test_graphs")
+    assert tests.index("tests/kernels/") < tests.index("tests/test_functional")
     assert "tests/test_tables.py" not in tests + rest  # on no GPU, so among all the rest
 
 
