@@ -363,11 +363,11 @@ def _is_count(value: Any, least: int = 0) -> bool:
 
 def chunk_of(identity: Mapping[str, Any]) -> int | None:
     """Rows of a chunk: whole batches; None where the identity does not say it."""
-    batch, chunk = identity.get("batch_rows"), identity.get("chunk_rows")
+    batch, chunk = identity.get("batch_rows", 0), identity.get("chunk_rows", 0)
     if not (_is_count(batch, 1) and _is_count(chunk, 1)):
         return None
-    piece = min(batch, chunk)
-    return chunk // piece * piece
+    piece = int(min(batch, chunk))
+    return int(chunk) // piece * piece
 
 
 def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
