@@ -1,4 +1,4 @@
-"""Activations in place, and their gradients: what the engine makes of :mod:`nicefast.reference`'s."""
+"""Activations in place, and their gradients, as :mod:`nicefast.reference` defines them."""
 
 from __future__ import annotations
 

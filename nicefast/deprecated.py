@@ -76,8 +76,12 @@ class GraphedFlow:
         call = getattr(self.flow, self.method)
         rows, c = self.flow.rows("z" if self.method == "inverse" else "x", x, context)
         engine = self.flow.plan(rows, c).engine
-        known = engine is not None and engine.log_scale is not None
-        if not (known and captures.can_capture(rows.device) and len(rows)):
+        if (
+            engine is None
+            or engine.log_scale is None
+            or not captures.can_capture(rows.device)
+            or not len(rows)
+        ):
             return call(x, context)
 
         def on_rows(rows: Tensor, c: Tensor | None) -> captures.Outputs:

@@ -24,6 +24,7 @@ from .engine import log_prob as run_log_prob
 from .engine import plan as plan_call
 from .engine.explanation import explanation
 from .engine.frozen import FrozenFlow
+from .engine.kernel import KernelEngine
 from .engine.rows import RowEngine
 from .fingerprint import Fingerprinted
 from .grid import check_grid, check_range, round_to_grid
@@ -325,7 +326,7 @@ class NICE(Fingerprinted):
         rows = torch.empty(n, self.features, dtype=self.dtype, device=log_scale.device)
         plan = self.plan(rows, context)
         if plan.name == "kernel":
-            return plan.engine.sample(n, row_offset, seed, context)
+            return cast("KernelEngine", plan.engine).sample(n, row_offset, seed, context)
         h = self._noise(n, seed, row_offset)
         if plan.name != "layers":
             return self._couple(plan, h, context, inverse=True)

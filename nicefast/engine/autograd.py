@@ -118,8 +118,8 @@ def _plain_gradients(
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # under other names: the gradient ends here, and passes no hook
-        inputs = [None if t is None else t.view_as(t) for t in inputs]
-        x, context, log_scale, *parameters = inputs
+        named: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+        x, context, log_scale, *parameters = named
         each = iter(zip(parameters[::2], parameters[1::2], strict=True))
         columns = [half.columns for half in stack.halves]
         value = reference.couple(
@@ -131,7 +131,7 @@ def _plain_gradients(
             context,
         )
         if operation == "log_prob":
-            value = reference.scale_log_prob(value, log_scale, engine.prior)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+            _, value = reference.scale_log_prob(value, log_scale, engine.prior, return_z=True)
+        wanted = [t for t, need in zip(named, needs, strict=True) if need]
         found = iter(torch.autograd.grad(value, wanted, grad, create_graph=differentiable))
     return [next(found) if need else None for need in needs]

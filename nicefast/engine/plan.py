@@ -80,17 +80,18 @@ def plan(flow: Flow, x: Tensor, context: Tensor | None = None) -> Plan:
     reason, scaling = "every coupling is an MLP's, on one partition", flow.scaling
     apart = _why_scaling_is_apart(scaling, x.shape[1])
     log_scale = scaling.log_scale if apart is None else None
-    arguments = stack, log_scale, flow.prior_name
     if not backend.uses_kernels(x.device):
-        return Plan("rows", reason, RowEngine(*arguments, flow.recompute))
+        return Plan("rows", reason, RowEngine(stack, log_scale, flow.prior_name, flow.recompute))
     found = apart or _tile(stack, flow.prior_name, x.device)
     if not isinstance(found, str):
-        engine = KernelEngine(*arguments, *found, flow.recompute)
+        engine = KernelEngine(
+            stack, scaling.log_scale, flow.prior_name, *found, recompute=flow.recompute
+        )
         return Plan("kernel", f"{reason}, and narrow", engine)
     if backend.interprets(x.device):  # kernels were asked for, and products use none
         return Plan("layers", f"no whole-flow kernel: {found}")
     reason = f"{reason}; no whole-flow kernel: {found}"
-    return Plan("gemm", reason, GemmEngine(*arguments, flow.recompute))
+    return Plan("gemm", reason, GemmEngine(stack, log_scale, flow.prior_name, flow.recompute))
 
 
 def _tile(stack: CouplingStack, prior: str, device: torch.device) -> tuple[Any, Any] | str:

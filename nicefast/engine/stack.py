@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
-from ..layers import AdditiveCoupling, is_watched, plain_layers
+from ..layers import MLP, AdditiveCoupling, is_watched, plain_layers
 from ..partition import Features, Partition
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # (weight, bias) of each linear layer of a conditioner
@@ -141,26 +141,25 @@ def read(
     modules = list(couplings)
     if not modules:
         return "no coupling"
-    found, conditioning = [], []
-    partition = getattr(modules[0], "partition", None)
+    found: list[Layers] = []
     for i, module in enumerate(modules):
         layers = _layers(module)
         if isinstance(layers, str):
             return f"coupling {i}: {layers}"
-        coupling = cast("AdditiveCoupling", module)
-        side = _side(coupling.partition, cast("Partition", partition))
+        found.append(layers)
+    known = cast("list[AdditiveCoupling]", modules)
+    conditioning, partition, first = [], known[0].partition, _mlp(known[0])
+    activation, context = first.activation, first.context
+    halves = partition.locate(device, True), partition.locate(device, False)
+    for i, (coupling, layers) in enumerate(zip(known, found, strict=True)):
+        side, mlp = _side(coupling.partition, partition), _mlp(coupling)
         if side is None:
             return f"coupling {i}: a partition of its own"
-        mlp = coupling._modules["conditioner"]
-        if i == 0:
-            activation, context = mlp.activation, mlp.context
-            halves = partition.locate(device, True), partition.locate(device, False)
-        elif mlp.activation != activation or mlp.context != context:
+        if mlp.activation != activation or mlp.context != context:
             return f"coupling {i}: another activation or context than the first"
         reason = _why_not(layers, device, halves[side].size + context, halves[1 - side].size)
         if reason is not None:
             return f"coupling {i}: {reason}"
-        found.append(layers)
         conditioning.append(side)
     return CouplingStack(found, partition, tuple(conditioning), halves, activation, context, dtype)
 
@@ -177,11 +176,15 @@ def _layers(coupling: nn.Module | None) -> Layers | str:
         return layers
     if not layers:
         return "a conditioner without layers"
-    if mlp.drops:
+    if cast("MLP", mlp).drops:
         return "dropout, in training mode"
     if coupling.grid is not None:
         return "a grid of its own"
     return layers
+
+
+def _mlp(coupling: AdditiveCoupling) -> MLP:
+    return cast("MLP", coupling._modules["conditioner"])
 
 
 def _side(partition: Partition, first: Partition) -> int | None:
