@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_type, filled
 from ..devices import dtype_of
 from ..evaluation import Density
+from ..flow import NICE
 from ..preprocessing import Preprocessing
 from ..preprocessing.moments import wide
 from .models import event_shape
@@ -84,6 +85,8 @@ class Scorer:
         if reference is not None and "percentile" not in self.outputs:
             raise ValueError("reference is for the output 'percentile', which was not asked for")
         self.model: Any = model
+        # what computes densities without gradients: it reads and arranges the weights once
+        self.frozen: Any = model.frozen() if type(model) is NICE else model
         self.preprocessing = preprocessing
         self.features, self.seed = features, seed
         self.discrete = preprocessing is not None and preprocessing.discrete
@@ -185,11 +188,11 @@ class Scorer:
             found["gradient"] = gradient.flatten(1)
             log_prob = log_prob.detach()
         elif self._wants_log_prob:
-            log_prob = self.model.log_prob(x)
+            log_prob = self.frozen.log_prob(x)
         if self._wants_log_prob:
             found["log_prob"] = log_prob if log_det is None else wide(log_prob) + log_det
         if {"z", "terms"} & {*self.outputs}:
-            z = self.model.forward(x)[0]
+            z = self.frozen.forward(x)[0]
             if "z" in self.outputs:
                 found["z"] = z.flatten(1)
             if "terms" in self.outputs:
