@@ -80,7 +80,7 @@ def test_work_is_that_of_a_real_flow(partition, features, context):
     c = torch.randn(rows, context) if context else None
 
     scored = flow_work(rows, features, hidden, couplings, "log_prob", context)
-    assert scored.flops == rows * nf.choose_path(flow, x, c).chain.flops
+    assert scored.flops == rows * flow.plan(x, c).engine.stack.flops
     parameters = sum(p.numel() for p in flow.parameters())
     assert scored.bytes == 4 * (x.numel() + rows * context + rows + parameters)
 
