@@ -151,7 +151,7 @@ def test_the_check_on_a_gpu(tmp_path):
     assert f"--junitxml={tmp_path}/out/rest.xml" in rest
     assert f"--out {tmp_path}/out/default.jsonl" in bench
     for line in (bench, compiled):
-        options = command._parser(skipped := []).parse_args(line.split(" -m bench ")[1].split())
+        options = command._parse(line.split(" -m bench ")[1].split(), skipped := [])
         assert not skipped
         assert options.device == "cuda"
     for name in ("kernels/test_flow_kernels", "fused/test_whole", "fused/test_wide", "test_graphs"):
