@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_type, filled
+from ..checks import as_integer, check_count, check_type, filled
 from ..devices import dtype_of
 from ..evaluation import Density
 from ..flow import NICE
@@ -79,9 +79,10 @@ class Scorer:
             needs = ("forward",) if name == "z" else ("forward", "prior", "scaling")
             if not all(hasattr(model, n) for n in needs):
                 raise ValueError(f"output {name!r} needs a NICE, got {type(model).__name__}")
-        check_count("draws", draws, 1)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        draws = check_count("draws", draws, 1)
+        if (found := as_integer(seed)) is None or not 0 <= found < 1 << 63:
             raise ValueError(f"seed must be an integer, 0 <= seed < 2^63, got {seed!r}")
+        seed = found
         if reference is not None and "percentile" not in self.outputs:
             raise ValueError("reference is for the output 'percentile', which was not asked for")
         self.model: Any = model
