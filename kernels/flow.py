@@ -188,6 +188,7 @@ def flow_fwd(
 ) -> tuple[Tensor, Tensor]:
     """``(z [N, D] or empty, log_prob [N] or empty)`` in float32."""
     n, d = x.shape
+    x, context = x.resolve_neg(), _numbers(context)
     z = torch.empty((n, d) if want_z else 0, dtype=torch.float32, device=x.device)
     log_prob = torch.empty(n if want_log_prob else 0, dtype=torch.float32, device=x.device)
     if n == 0 or not (want_z or want_log_prob):
@@ -212,6 +213,7 @@ def flow_inv(
 ) -> Tensor:
     """``x`` [N, D] in float32."""
     n, d = z.shape
+    z, context = z.resolve_neg(), _numbers(context)
     x = torch.empty((n, d), dtype=torch.float32, device=z.device)
     if n == 0:
         return x
@@ -240,12 +242,18 @@ def flow_sample(
     x = torch.empty((n, shape.features), dtype=torch.float32, device=log_scale.device)
     if n == 0:
         return x
+    context = _numbers(context)
     with on_device(x):
         flow_sample_kernel[(ceil_div(n, tile.rows),)](
             context, *packed, dense(log_scale), x, n, *_depth(shape), row_offset, seed,
             *_strides(context), PRIOR=shape.prior, **_constants(context, shape, tile),
         )  # fmt: skip
     return x
+
+
+def _numbers(context: Tensor | None) -> Tensor | None:
+    """The context with its numbers in memory as they are, not with the opposite sign."""
+    return None if context is None else context.resolve_neg()
 
 
 def _depth(shape: FlowShape) -> tuple[int, int]:

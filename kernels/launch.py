@@ -35,7 +35,7 @@ def is_dense(x: Tensor) -> bool:
 
 def dense(v: Tensor | None) -> Tensor | None:
     """A vector as kernels read it: one number after the other."""
-    return None if v is None else v.contiguous()
+    return None if v is None else v.contiguous().resolve_neg()
 
 
 def accumulator(*tensors: Tensor) -> tl.dtype:

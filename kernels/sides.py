@@ -199,6 +199,7 @@ def enter(
 ) -> Tensor:
     """y [N, D] of rows ``x`` [N, D]; a side has ``size``, ``start``, ``step`` and ``indices``."""
     n, d = x.shape
+    x = x.resolve_neg()
     y = torch.empty((n, d), dtype=x.dtype, device=x.device)
     if n == 0:
         return y

@@ -118,9 +118,13 @@ def additive_coupling_(
         ) from None
     f, shift = partition.locate(x.device), _elsewhere(shift, x)
     bias = None if bias is None else _elsewhere(bias, x)
+    # PyTorch cannot hand a view with the opposite sign to an operation that writes to it
+    written = rows.resolve_neg() if not watchers.is_compiled() else rows
     torch.ops.nicefast.additive_coupling_(
-        rows, _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
+        written, _rows(shift), bias, f.slots, f.indices, f.start, f.step, inverse
     )
+    if written is not rows:
+        rows.copy_(written)
     return given
 
 
