@@ -14,6 +14,8 @@ from zuko.flows import coupling as theirs
 from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.utils import broadcast
 
+from ..fingerprint import Fingerprinted
+from ..layers import describe_coupling
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
 from .coupling import is_traced, kept_partition, shifted, split
@@ -102,7 +104,7 @@ def recognise(module: nn.Module) -> type[nn.Module] | str:
     return why_not(module) or GeneralCouplingTransform
 
 
-class AdditiveCoupling(LazyTransform):  # type: ignore[misc]
+class AdditiveCoupling(Fingerprinted, LazyTransform):  # type: ignore[misc]
     """Additive coupling from data to latent as a lazy transform of zuko; the conditioner is called
     as ``m(x1)``, or ``m(x1, c)`` under a context c (..., K).
 
@@ -116,6 +118,11 @@ class AdditiveCoupling(LazyTransform):  # type: ignore[misc]
     def __init__(self, partition: Partition, conditioner: nn.Module) -> None:
         super().__init__()
         self.partition, self.conditioner = partition, conditioner
+
+    says = "partition"
+
+    def described(self) -> str:
+        return describe_coupling(self.partition)
 
     def forward(self, c: Tensor | None = None) -> Transform:
         return _CouplingTransform(self.partition, self.conditioner, c).inv
