@@ -68,7 +68,7 @@ def fingerprint(text: str) -> Tensor:
 def _equal(given: Any, own: Tensor) -> bool:
     """Also where a mean of equal fingerprints was taken, as averages of state_dicts are; and where
     tensors have no values: on the meta device, in FakeTensorMode."""
-    if not isinstance(given, Tensor) or given.shape != own.shape:
+    if not isinstance(given, Tensor) or given.shape != own.shape or given.is_complex():
         return False
     if any(t.is_meta or isinstance(t, FakeTensor) for t in (given, own)):
         return True
