@@ -101,7 +101,7 @@ def load(
 
 
 def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> NICE:
-    configuration = json.loads(metadata["configuration"])
+    configuration = tensorfile.plain(metadata, "configuration")
     _check_size(configuration, tensors)
     model = _build(configuration)
     wrong = [k for k, v in tensors.items() if not (v.dtype.is_floating_point or k.endswith(KEY))]
@@ -114,11 +114,9 @@ def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> NICE:
     return model
 
 
-def _check_size(configuration: Any, tensors: dict[str, Tensor]) -> None:
+def _check_size(configuration: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """ValueError where a configuration asks for more than the tensors hold, before it is built: a
     small file must not make a large flow."""
-    if not isinstance(configuration, dict):
-        raise ValueError("the configuration is no JSON object")
     features, hidden = configuration["features"], configuration["hidden"]
     partition, context = configuration["partition"], configuration.get("context", 0)
     log_scale = tensors["scaling.log_scale"]

@@ -196,9 +196,10 @@ def test_metadata_that_are_no_json_or_missing(tmp_path):
         metadata = file.metadata()
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     for change, says in (
-        ({"configuration": "{"}, "does not fit its own configuration"),
-        ({"configuration": None}, "does not fit its own configuration: no 'configuration'"),
-        ({"configuration": "[]"}, "the configuration is no JSON object"),
+        ({"configuration": "{"}, "does not fit its own configuration: 'configuration' is no JSON"),
+        ({"configuration": "[" * 10**5}, "'configuration' is no JSON .maximum recursion"),
+        ({"configuration": None}, "its own configuration: its metadata have no 'configuration'"),
+        ({"configuration": "[]"}, "'configuration' is no JSON object"),
         ({"digest": None}, "its metadata have no 'digest'"),
     ):
         found = {k: v for k, v in (metadata | change).items() if v is not None}
