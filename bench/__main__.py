@@ -1,11 +1,12 @@
-"""The benchmark: `python -m bench [run | report | compare A B | dropin | exact | compression |
-generative]`.
+"""The benchmark: `python -m bench [run | report | compare A B | ablation | trace | dropin | exact |
+compression | generative]`.
 
 `run` (what is done when nothing is said) times nicefast beside plain half-split PyTorch, the same
 under torch.compile, and the couplings of nflows, normflows, FrEIA and zuko: the same weights, in
 turn in one process, everybody behind a gate against float64. Each measurement is a JSON line in
 bench/results/DEVICE/, written as soon as it is made: an interrupted run keeps what it measured.
-`report` makes tables and pictures of them; `compare` two runs; `dropin` times what
+`report` makes tables and pictures of them; `compare` two runs; `ablation` measures our own ways
+against each other, `trace` how far a call travels through our Python; `dropin` times what
 `nf.accelerate` gains, `exact` what an exact inverse costs, `compression` how many bits
 images take, `generative` sets NICE beside other models. See `python -m bench run --help`.
 """
@@ -23,7 +24,18 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from . import compare, compression, dropin, exactness, measure, records, report, timing
+from . import (
+    ablation,
+    compare,
+    compression,
+    dropin,
+    exactness,
+    measure,
+    records,
+    report,
+    timing,
+    trace,
+)
 from .gate import Gate
 from .providers import PEERS, PRECISIONS, PROVIDERS, make_weights
 from .timing import ALLOCATORS
@@ -47,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": run,
         "report": report.main,
         "compare": compare.main,
+        "ablation": ablation.main,
+        "trace": trace.main,
         "dropin": dropin.main,
         "generative": _generative,
         "exact": exactness.main,

@@ -63,7 +63,7 @@ pytest="$PYTHON -m pytest -q --ignore=tests/test_compile.py"  # that one compile
 $PYTHON -c 'import xdist' 2>/dev/null && pytest+=" -n 4"
 # whatever takes one of the fixtures that are on the device, or needs it; kernels before all else
 on_device='^def [a-z_0-9]+\(.*\b(device|backend|triton_backend|guarded)\b|mark\.gpu'
-gpu=$(for each in tests/kernels tests/fused tests; do
+gpu=$(for each in tests/kernels tests; do
     find $each -name 'test_*.py' -exec grep -lE "$on_device" {} + | sort
 done | awk '!seen[$0]++')
 failed=0
@@ -71,11 +71,12 @@ within 220 tests $pytest $gpu --junitxml="$OUT/tests.xml" || failed=1
 # compiling takes too long for more than two flows
 bench="$PYTHON -m bench --device cuda"
 within 140 bench $bench --case tabular,MNIST,small-batch,elementwise \
-    --direction log_prob,training,sample --provider plain,nicefast,nflows,normflows,FrEIA,zuko \
+    --direction log_prob,training,sample \
+    --provider 'plain,nicefast,nicefast (frozen),nflows,normflows,FrEIA,zuko' \
     --out "$OUT/default.jsonl" || (($? == 124)) || failed=1
 within 90 bench-compiled $bench --case tabular,MNIST --direction log_prob,training \
     --dtype float32 --provider plain,nicefast,compile \
     --out "$OUT/compiled/default.jsonl" || (($? == 124)) || failed=1
-within $END rest $pytest tests ${gpu//tests\//--ignore=tests/} --junitxml="$OUT/rest.xml" ||
+within $END rest $pytest tests bench/tests ${gpu//tests\//--ignore=tests/} --junitxml="$OUT/rest.xml" ||
     (($? == 124)) || failed=1
 exit $failed

@@ -17,7 +17,7 @@ from nicefast.roofline import Ceilings, Work
 
 from . import elementwise, timing
 from .gate import Gate
-from .providers import PRECISIONS, PROVIDERS, Mode, Shape, make_call
+from .providers import OWN, PRECISIONS, PROVIDERS, Mode, Shape, make_call
 from .timing import Call
 from .work import elementwise_work, flow_work
 from .workloads import Task
@@ -75,6 +75,8 @@ def admit(name: str, gate: Gate, precision: str, direction: str) -> tuple[Record
         return {"status": f"not installed: {error}"}, {}
     except Exception as error:  # whatever a provider raises, it is out and the others go on
         return {"status": f"failed: {type(error).__name__}: {error}"}, {}
+    if direction == "training" and not model.trains:
+        return {"status": "skipped: it computes without gradients alone"}, {}
     record: Record = {"status": "timed", "errors": {}}
     calls, failures = {}, []
     for mode in PRECISIONS[precision]:
@@ -164,7 +166,8 @@ def finish(records: Sequence[Record]) -> None:
     """Add each one's ratio to the fastest other."""
     timed = [r for r in records if "median" in r]
     for record in timed:
-        others = [r for r in timed if r is not record and not r.get("yardstick")]
+        own = OWN if record["provider"] in OWN else (record["provider"],)
+        others = [r for r in timed if r["provider"] not in own and not r.get("yardstick")]
         if others:
             best = min(others, key=lambda r: r["median"])
             record["best_other"] = best["provider"]

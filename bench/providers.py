@@ -113,6 +113,7 @@ class Provider(nn.Module):
 
     linears: list[list[nn.Linear]]
     sign = 1
+    trains = True  # or computes without gradients alone
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         super().__init__()
@@ -141,6 +142,10 @@ class Provider(nn.Module):
 
     def sample(self, rows: int) -> Tensor:
         return self.inverse(logistic_noise(self.log_scale, rows))
+
+    def ready(self, mode: Mode) -> Any:
+        """The object whose ``log_prob``, ``inverse`` and ``sample`` are timed in this mode."""
+        return self
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
@@ -208,6 +213,35 @@ class Nicefast(Provider):
         self.flow = nf.NICE(shape.features, shape.hidden, shape.couplings, partition="half")
         self.linears = [list(c.conditioner.linears) for c in self.flow.couplings]
         self.log_scale = self.flow.scaling.log_scale
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.flow.log_prob(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.flow.inverse(z)[0]
+
+    def sample(self, rows: int) -> Tensor:
+        return self.flow.sample(rows)
+
+
+class Frozen(Nicefast):
+    """This library's frozen flow, of the weights that it has when a call is made ready.
+
+    On a GPU, calls are captured as CUDA graphs of as many rows as the shape has.
+    """
+
+    trains = False
+
+    def ready(self, mode: Mode) -> _FrozenCalls:
+        mode.prepare()
+        with mode.products(self.log_scale.device.type):
+            return _FrozenCalls(self.flow.frozen(batch=self.shape.rows))
+
+
+class _FrozenCalls(NamedTuple):
+    """A frozen flow with a provider's methods."""
+
+    flow: Any
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.flow.log_prob(x)
@@ -332,11 +366,15 @@ PROVIDERS: dict[str, type[Provider]] = {
     "compile": Compiled,
     "compile-max": MaxAutotune,
     "nicefast": Nicefast,
+    "nicefast (frozen)": Frozen,
     "nflows": Nflows,
     "normflows": Normflows,
     "FrEIA": Freia,
     "zuko": Zuko,
 }
+FROZEN = "nicefast (frozen)"
+#: this library's: none of them is another's competitor
+OWN = ("nicefast", FROZEN)
 #: the other libraries
 PEERS = ("nflows", "normflows", "FrEIA", "zuko")
 
@@ -378,7 +416,7 @@ PRECISIONS = {"float32": (FLOAT32,), "tf32": (TF32,), "bf16": (AUTOCAST, MEDIUM)
 
 def inference_call(model: Provider, mode: Mode, direction: str) -> Callable[[Tensor], object]:
     """``log_prob``, ``inverse`` or ``sample`` (as many rows as it is given), without gradients."""
-    method = getattr(model, direction)
+    method = getattr(model.ready(mode), direction)
 
     @torch.no_grad()
     def call(x: Tensor) -> Tensor:

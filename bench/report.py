@@ -16,7 +16,7 @@ from nicefast.roofline import DEVICES, Ceilings
 from . import fleet, records
 from .naming import MINE, Names, distinct, is_flow, name_of, names_of, one_state, ordered, title
 from .pictures import PICTURES, drawn
-from .providers import Shape
+from .providers import FROZEN, OWN, Shape
 from .records import Record, number
 from .work import flow_work
 from .workloads import DIRECTIONS, FLOWS
@@ -73,6 +73,7 @@ def report(found: Sequence[Record], folder: str | Path) -> Path:
     lines += ["", f"## {MINE} and the best other", "", *headline(newest)]
     lines += ["", *without_compile(newest)]
     lines += ["", *across(newest)]
+    lines += ["", *small_batches(newest)]
     lines += ["", *_summary(groups, names)]
     lines += ["", "## At least so long", "", *_bounds(newest)]
     pictures = [
@@ -107,18 +108,34 @@ def headline(newest: Sequence[Record]) -> Iterator[str]:
 def across(newest: Sequence[Record]) -> Iterator[str]:
     """Whole flows with bfloat16 operands, beside the fastest other in float32: what both the
     precision and the library are good for."""
-    others = {r["provider"] for r in newest} - {MINE}
+    others = {r["provider"] for r in newest} - set(OWN)
     yield from _beside(newest, "bf16", others, DIRECTIONS, "{}, bf16 / others in float32")
 
 
 def without_compile(newest: Sequence[Record]) -> Iterator[str]:
     """Whole flows in float32 beside the fastest that needs no C++ compiler, where one did."""
-    others = {r["provider"] for r in newest} - {MINE}
+    others = {r["provider"] for r in newest} - set(OWN)
     compiled = {name for name in others if name.startswith("compile")}
     timed = {r["direction"] for r in newest if r["provider"] in compiled and records.is_timed(r)}
     directions = [d for d in DIRECTIONS if d in timed]
     heading = "{}, float32, without torch.compile"
     yield from _beside(newest, "float32", others - compiled, directions, heading)
+
+
+def small_batches(newest: Sequence[Record]) -> Iterator[str]:
+    """Inference of small batches: an ordinary call and a frozen flow, beside the fastest other."""
+    ratios: dict[tuple[str, str], dict[str, str]] = {}
+    for r in one_state(newest):
+        ratio = number(r, "to_best_other")
+        if r["case"] in FLOWS and r["provider"] in OWN and ratio is not None:
+            key = r.get("title") or r["case"], f"{r['direction']}, {r['precision']}"
+            ratios.setdefault(key, {})[r["provider"]] = f"{ratio:.2f}"
+    cells: dict[str, dict[str, str]] = {}
+    for (flow, call), found in ratios.items():
+        if FROZEN in found:
+            cells.setdefault(flow, {})[call] = f"{found.get(MINE, '-')} / {found[FROZEN]}"
+    calls = dict.fromkeys(call for own in cells.values() for call in own)
+    yield from _by_flow(cells, {call: f"{call}: call / frozen" for call in calls})
 
 
 def _beside(

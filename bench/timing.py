@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from nicefast import roofline
+
 # glibc either keeps the memory that is freed to it, so that page faults end with the warm-up, or
 # does as it does by default; each state is a process of its own
 ALLOCATORS: dict[str, dict[str, str]] = {
@@ -30,6 +32,8 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
     "default": {},
 }
+# glibc as it starts, and kept so: setting a threshold ends its learning from what is freed
+FRESH = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10), "MALLOC_TRIM_THRESHOLD_": str(128 << 10)}
 MOST_REPEATS = 100  # calls in one turn
 
 
@@ -154,16 +158,14 @@ def _page_faults() -> int:
 def product_calls(
     dtype: torch.dtype, size: int, device: torch.device, tf32: bool = False
 ) -> tuple[dict[str, Call], int]:
-    """Large matrix products as PyTorch and as oneDNN with packed weights; operations of one."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
+    """Large matrix products by each library there is, and the operations of one."""
+    products, operations = roofline.product_calls(dtype, size, device)
     prepare = _high if tf32 else _highest
-    calls = {"torch.mm": Call(lambda _: torch.mm(a, b, out=out), prepare)}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
-        linear = torch.ops.mkldnn._linear_pointwise
-        calls["oneDNN"] = Call(lambda _: linear(a, packed, None, "none", [], ""), _highest)
-    return calls, 2 * size**3
+    calls = {
+        name: Call(lambda _, product=product: product(), prepare)
+        for name, product in products.items()
+    }
+    return calls, operations
 
 
 def _highest() -> None:
@@ -224,13 +226,14 @@ def machine(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any
 
 
 def allocator_environment(name: str) -> dict[str, str]:
-    """This process's environment with the C library's allocator in the named state."""
+    """This process's environment with the C library's allocator in the named state: one of
+    ``ALLOCATORS``, or fresh."""
     kept = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith("MALLOC_") and k not in ("GLIBC_TUNABLES", "LD_PRELOAD")
     }
-    return kept | ALLOCATORS[name]
+    return kept | (FRESH if name == "fresh" else ALLOCATORS[name])
 
 
 def rerun(module: str, arguments: Sequence[str], allocator: str) -> int:

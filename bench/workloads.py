@@ -26,6 +26,7 @@ ELEMENTWISE_SIZES = ((65_536, 784), (262_144, 64))  # rows, features
 CASES = (*FLOWS, *GROWTH, ELEMENTWISE)
 DIRECTIONS = ("log_prob", "training", "inverse", "sample")
 BATCHES = {"cpu": range(2, 9), "cuda": range(4, 11)}  # powers of four, up to 65,536 and 1,048,576
+SMALL = 256  # rows: below them a frozen flow takes part, as the answer for small batches
 HEAVY = 3e11  # operations of one call: more is left to --full on a CPU
 
 
@@ -86,7 +87,8 @@ def tasks(
                     chosen = [
                         p
                         for p in providers
-                        if level == "full" or _takes(p, task, level, device, at_base)
+                        if _can(p, task)
+                        and (level == "full" or _takes(p, task, level, device, at_base))
                     ]
                     yield task._replace(providers=tuple(chosen))
     for case, shapes in GROWTH.items():
@@ -96,7 +98,8 @@ def tasks(
         for shape in shapes:
             for direction in directions:
                 if direction in ("log_prob", "training") and _fits(shape, level, device):
-                    yield Task(case, shape, direction, "float32", tuple(few))
+                    task = Task(case, shape, direction, "float32", tuple(few))
+                    yield task._replace(providers=tuple(p for p in few if _can(p, task)))
 
 
 def is_headline(task: Task) -> bool:
@@ -123,6 +126,14 @@ def _batches(base: Shape, level: str, device: str) -> Iterator[Shape]:
 def _fits(shape: Shape, level: str, device: str) -> bool:
     limit = HEAVY / 10 if level == "default" else 10 * HEAVY
     return device != "cpu" or shape.operations(False) <= limit
+
+
+def _can(provider: str, task: Task) -> bool:
+    """Whether a provider is made for such a task: a frozen flow is for small batches, and has no
+    gradients."""
+    if PROVIDERS[provider].trains:
+        return True
+    return task.direction != "training" and task.shape.rows < SMALL
 
 
 def _takes(provider: str, task: Task, level: str, device: str, at_base: bool) -> bool:

@@ -18,17 +18,66 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .flow_tile import FlowShape, FlowTile
+from .flow_tile import PARTS, FlowShape, FlowTile
+from .launch import FUSED, on_device
+from .product import to_tf32
+from .tile import ceil_div
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+BLOCK = 1024  # packed numbers of one program
+
+
+@triton.jit
+def _stored(b_v, p_w, PRODUCTS: tl.constexpr):
+    """The number as the products' operands are."""
+    if PRODUCTS == "tf32" or PRODUCTS == "tf32x3":
+        # NaN, whose bits might carry over, stays as it is
+        b_v = tl.where(b_v == b_v, to_tf32(b_v), b_v)
+    return b_v.to(p_w.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["INPUTS", "MIDDLE", "WEIGHTS", "N"])
+def pack_kernel(
+    p_flat,  # 0 and all parameters
+    p_source,  # [N] int64
+    p_w,  # PARTS times WEIGHTS
+    p_b,  # N - WEIGHTS
+    INPUTS,  # numbers of w_in,
+    MIDDLE,  # of w_in and w_mid,
+    WEIGHTS,  # and of w_out, too
+    N,
+    OUTER: tl.constexpr,  # numbers of one matrix of w_in and w_out,
+    INNER: tl.constexpr,  # and of w_mid
+    PRODUCTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o_n < N
+    b_v = tl.load(p_flat + tl.load(p_source + o_n, mask=m, other=0), mask=m, other=0.0)
+    m_w = o_n < WEIGHTS
+    tl.store(p_b + o_n - WEIGHTS, -b_v, mask=m & (o_n >= WEIGHTS))
+    m_mid = (o_n >= INPUTS) & (o_n < MIDDLE)
+    o_start = tl.where(o_n < INPUTS, 0, tl.where(m_mid, INPUTS, MIDDLE))
+    o_size = tl.where(m_mid, INNER, OUTER)
+    o_own = o_n - o_start
+    # the parts of one matrix follow each other
+    o_w = o_start * PARTS + (o_own // o_size) * o_size * PARTS + o_own % o_size
+    b_high = _stored(b_v, p_w, PRODUCTS)
+    tl.store(p_w + o_w, b_high, mask=m_w)
+    if PARTS == 2:
+        b_low = _stored(b_v - b_high, p_w, PRODUCTS)
+        tl.store(p_w + o_w + o_size, b_low, mask=m_w)
 
 
 class Layout(NamedTuple):
     """Where every packed number comes from: its place among 0 and all parameters, one after the
-    other. It is made once; what changes with the parameters takes few launches."""
+    other. It depends on the architecture alone; packing takes two launches."""
 
     none: Tensor  # that 0
     source: Tensor  # int64, of w_in, w_mid, w_out and bias, one after the other
@@ -69,20 +118,29 @@ def lay_out(shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: Flo
 
 
 def pack(layout: Layout, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(w_in, w_mid, w_out, bias, sides)`` on the parameters' device.
+    """``(w_in, w_mid, w_out, bias, sides)`` on the parameters' device: one ``cat``, one kernel.
 
     ``parameters``: weight [out, in] and bias [out] of each layer of each coupling, as in
-    ``nn.Linear``, the context's columns of each coupling's first weight last.
+    ``nn.Linear``, float32, the context's columns of each coupling's first weight last.
     """
-    flat = torch.cat([layout.none, *(p.detach().float().flatten() for p in parameters)])
-    *sizes, biases = map(prod, layout.shapes)
-    weights, bias = flat.index_select(0, layout.source).split([sum(sizes), biases])
-    parts = [part.split(sizes) for part in _parts(weights, layout.products)]
+    flat = torch.cat([layout.none, *(p.detach().flatten() for p in parameters)])
+    parts, (outer, inner, last, biases) = PARTS[layout.products], layout.shapes
+    sizes = [parts * prod(shape) for shape in (outer, inner, last)]
+    dtype = torch.bfloat16 if layout.products == "bf16" else torch.float32
+    w = torch.empty(sum(sizes), dtype=dtype, device=flat.device)
+    bias = torch.empty(biases, dtype=torch.float32, device=flat.device)
+    n, (inputs, middle, _) = len(layout.source), sizes
+    with on_device(flat):
+        pack_kernel[(ceil_div(n, BLOCK),)](
+            flat, layout.source, w, bias, inputs // parts, (inputs + middle) // parts,
+            sum(sizes) // parts, n, OUTER=prod(outer[1:]), INNER=max(1, prod(inner[1:])),
+            PRODUCTS=layout.products, PARTS=parts, BLOCK=BLOCK, **FUSED,
+        )  # fmt: skip
     w_in, w_mid, w_out = (
-        _side_by_side([own.view(shape) for own in part])
-        for part, shape in zip(zip(*parts, strict=True), layout.shapes, strict=False)
+        own.view(shape[0], parts, *shape[1:])
+        for own, shape in zip(w.split(sizes), (outer, inner, last), strict=True)
     )
-    return w_in, w_mid, w_out, -bias.view(layout.shapes[-1]), layout.sides
+    return w_in, w_mid, w_out, bias, layout.sides
 
 
 def _pad(w: Tensor, rows: int, columns: int) -> Tensor:
@@ -94,25 +152,3 @@ def _place(w: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     full = [*w.shape]
     full[dim] = size
     return w.new_zeros(full).index_copy(dim, index, w)
-
-
-def _parts(w: Tensor, products: str) -> list[Tensor]:
-    """In the operands' dtype, whose sum is ``w`` as nearly as they can."""
-    if products == "ieee":
-        return [w]
-    if products == "tf32":
-        return [_to_tf32(w)]
-    if products == "tf32x3":
-        high = _to_tf32(w)
-        return [high, _to_tf32(w - high)]
-    return [w.to(torch.bfloat16)]
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts, 1) if len(parts) > 1 else parts[0].unsqueeze(1)
-
-
-def _to_tf32(w: Tensor) -> Tensor:
-    """Rounded to the 11 significant bits of TF32; NaN, whose bits might carry over, stays."""
-    bits = (w.view(torch.int32) + 0x1000) & -0x2000
-    return torch.where(w.isnan(), w, bits.view(torch.float32))

@@ -5,11 +5,11 @@ from ._version import __version__
 from .backend import get_backend, set_backend
 from .checkpoint import load, save
 from .compat import accelerate, convert, restore
+from .deprecated import choose_path
 from .export import export_onnx, export_program
 from .flow import NICE
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition
-from .path import choose_path
 from .scoring import score
 
 __all__ = [

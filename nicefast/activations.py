@@ -1,4 +1,4 @@
-"""Activations in place, and their gradients: what fast ways make of :mod:`nicefast.reference`'s."""
+"""Activations in place, and their gradients, as :mod:`nicefast.reference` defines them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """In place; its gradient, written over the first argument; and what oneDNN calls it."""
+    """The activation in place, and its gradient, written over that of its result."""
 
     apply_: Callable[[Tensor], Tensor]
     backward_: Callable[[Tensor, Tensor], Tensor]
     from_input: bool  # the gradient is made of the activation's input, not of its output
-    fused: tuple[str, list[float], str] | None
 
 
 def _relu_backward_(g: Tensor, y: Tensor) -> Tensor:
@@ -26,44 +25,26 @@ def _relu_backward_(g: Tensor, y: Tensor) -> Tensor:
 
 
 _aten = torch.ops.aten
-# oneDNN's relu turns NaN into 0, its leaky_relu does not; -2^-60 |x| is nothing beside what else is
-# summed, and far enough from the denormal numbers, with which arithmetic is slow
 ACTIVATIONS = {
-    "relu": Activation(
-        torch.relu_,
-        _relu_backward_,
-        False,
-        ("leaky_relu", [2.0**-60], ""),
-    ),
+    "relu": Activation(torch.relu_, _relu_backward_, False),
     "leaky_relu": Activation(
         lambda x: _aten.leaky_relu_(x, 0.01),
         lambda g, y: _aten.leaky_relu_backward.grad_input(g, y, 0.01, True, grad_input=g),
         False,
-        ("leaky_relu", [0.01], ""),
     ),
     "tanh": Activation(
-        torch.tanh_,
-        lambda g, y: _aten.tanh_backward.grad_input(g, y, grad_input=g),
-        False,
-        ("tanh", [], ""),
+        torch.tanh_, lambda g, y: _aten.tanh_backward.grad_input(g, y, grad_input=g), False
     ),
     "gelu": Activation(
-        _aten.gelu_,
-        lambda g, x: _aten.gelu_backward.grad_input(g, x, grad_input=g),
-        True,
-        ("gelu", [], "none"),
+        _aten.gelu_, lambda g, x: _aten.gelu_backward.grad_input(g, x, grad_input=g), True
     ),
     "silu": Activation(
-        _aten.silu_,
-        lambda g, x: _aten.silu_backward.grad_input(g, x, grad_input=g),
-        True,
-        ("swish", [], ""),
+        _aten.silu_, lambda g, x: _aten.silu_backward.grad_input(g, x, grad_input=g), True
     ),
     "elu": Activation(
         _aten.elu_,
         # from its input: exp(x) made of exp(x) - 1 has lost its digits where units are saturated
         lambda g, x: _aten.elu_backward.grad_input(g, 1.0, 1.0, 1.0, False, x, grad_input=g),
         True,
-        None,
     ),
 }

@@ -1,4 +1,4 @@
-"""CUDA's streams: calls captured as graphs, each on a stream of its own device.
+"""CUDA graphs: calls that are captured, each on a stream of its own device, and replayed.
 
 PyTorch by itself captures on one stream, of whichever device was current when it first did: on
 another device nothing would be captured.
@@ -6,23 +6,71 @@ another device nothing would be captured.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
-_forever: dict[int, object] = {}  # by id
+Outputs = tuple[Tensor, ...]
+WARM_UP = 3  # calls before a capture: kernels are compiled, workspaces allocated
 
 
-class _Here(threading.local):
-    kept: list[object] | None = None
+class Graph:
+    """``call(x, context)`` as one CUDA graph for ``batch`` rows, called with any number of them.
+
+    What the call reads beside its arguments has to stay where it lies, and alive, as long as the
+    graph. A batch shorter than ``batch`` is followed by older rows, whose results are dropped.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Tensor, Tensor | None], Outputs],
+        batch: int,
+        rows: Tensor,
+        context: Tensor | None,
+    ) -> None:
+        self._x = rows.new_zeros(batch, rows.shape[1])
+        self._c = None if context is None else context.new_zeros(batch, context.shape[1])
+        self._replay, self._outputs = warm_capture(lambda: call(self._x, self._c), rows.device)
+
+    def __call__(self, rows: Tensor, context: Tensor | None) -> Outputs:
+        """The call's results for rows (N, D) and their context (N, K), N >= 1."""
+        size = len(self._x)
+        pieces = []
+        for start in range(0, len(rows), size):
+            piece = rows[start : start + size]
+            n = len(piece)
+            self._x[:n].copy_(piece)
+            if self._c is not None and context is not None:
+                self._c[:n].copy_(context[start : start + size])
+            self._replay()
+            pieces.append(tuple(t[:n].clone() for t in self._outputs))
+        if len(pieces) == 1:
+            return pieces[0]
+        return tuple(torch.cat(own) for own in zip(*pieces, strict=True))
 
 
-_here = _Here()
+def can_capture(device: torch.device) -> bool:
+    """Whether a call there can be captured now.
+
+    >>> can_capture(torch.device("cpu"))
+    False
+    """
+    return device.type == "cuda" and not is_capturing(device)
+
+
+def warm_capture(
+    call: Callable[[], Outputs], device: torch.device
+) -> tuple[Callable[[], None], Outputs]:
+    """:func:`capture` after calls that compile kernels and allocate workspaces."""
+    with beside(device):
+        for _ in range(WARM_UP):
+            call()
+    return capture(call, device)
 
 
 @contextmanager
@@ -41,45 +89,19 @@ def beside(device: torch.device) -> Iterator[None]:
 
 def capture(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
     """What computes ``call()`` again, and its result, which every replay writes over."""
-    graph, before = torch.cuda.CUDAGraph(), _here.kept
-    kept: list[object] = []
-    _here.kept = kept
-    try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
-            result = call()
-    finally:
-        _here.kept = before
-
-    def replay(_: object = kept) -> None:  # which it holds
-        graph.replay()
-
-    return replay, result
-
-
-def keep(what: object) -> None:
-    """For what is captured now, which reads it: as long as that may be replayed."""
-    if _here.kept is None:  # somebody else's graph: nobody knows how long
-        _forever[id(what)] = what
-    else:
-        _here.kept.append(what)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
+        result = call()
+    return graph.replay, result
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is called there now is captured, by anybody, and can't be waited for.
+    """Whether what is called there now is captured, by anybody, and cannot be waited for.
 
     >>> is_capturing(torch.device("cpu"))
     False
     """
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def stream_of(device: torch.device) -> int:
-    """The stream that calls on the device are in now: what is computed there is ready there.
-
-    >>> stream_of(torch.device("cpu"))
-    0
-    """
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @cache

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +112,27 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """One of these names."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def filled(values: Any) -> Any:
+    """A masked array as a plain one, in which what is masked is NaN; anything else as it is.
+
+    Integers and bools become float64 where one of them is masked.
+
+    >>> filled(np.ma.array([1, 2], mask=[False, True])), filled(np.ma.array([1, 2]))
+    (array([ 1., nan]), array([1, 2]))
+    """
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    mask, plain = np.ma.getmaskarray(values), np.ma.getdata(values, subok=False)
+    if not mask.any():
+        return plain
+    if plain.dtype.kind in "fc":
+        plain = plain.copy()
+    else:
+        plain = plain.astype(np.float64 if plain.dtype.kind in "iub" else object)
+    plain[mask] = np.nan
+    return plain
 
 
 def check_type(name: str, value: object, kinds: Any, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from typing import Any
 
@@ -58,3 +59,20 @@ def is_amd() -> bool:
     """
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("sse4a"))
+
+
+@cache
+def processor() -> str:
+    """What the processor calls itself, by which two machines' results may differ in their bits.
+
+    >>> processor().startswith(platform.machine())
+    True
+    """
+    said = ("model name", "cpu model", "CPU implementer", "CPU part")
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [line.split(":", 1) for line in file if line.startswith(said)]
+        names = list(dict.fromkeys(value.strip() for _, value in lines))
+    except (OSError, ValueError):
+        names = [platform.processor()]
+    return " ".join([platform.machine(), *names])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +21,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .activations import ACTIVATIONS
-from .blocks import Blocks
 from .grid import uncompiled
+from .threads import settle_allocator
 
 BLOCK_ELEMENTS = 1 << 19  # of one activation, in float64
-LEAST_ELEMENTS = 1 << 16  # below this, rows are not worth the hand-over to threads
 GPU_ELEMENTS = 1 << 26
 SUM_BITS = 53  # of integers that float64 adds exactly
 LARGEST = 450  # exponent of operands: with its square, and the bits, still within float64
@@ -176,16 +175,11 @@ def mlp(
         return _MLP.apply(layers, activation, drop, h, *flat)
     widest = max(max(layer.weight.shape) for layer in layers)
     most = max(1, (BLOCK_ELEMENTS if h.device.type == "cpu" else GPU_ELEMENTS) // widest)
-    least = LEAST_ELEMENTS // widest if drop is None else len(h)  # one thread draws
-    cut = Blocks(len(h), most, least, h.device)
+    settle_allocator()
     y = h.new_empty(len(h), len(parameters[-1][1]))
-    h = h.detach()  # other threads have their own mind about gradients
-
-    def work(share: Iterable[int]) -> None:
-        for i in share:
-            y[cut[i]] = _run(layers, activation, h[cut[i]], drop)
-
-    cut.hand_out(work)
+    with torch.no_grad():
+        for i in range(0, len(h), most):
+            y[i : i + most] = _run(layers, activation, h[i : i + most], drop)
     return y
 
 

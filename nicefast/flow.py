@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,19 +13,25 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from . import functional as F  # noqa: N812
-from . import priors, reversible
+from . import priors, reversible, watchers
 from .architecture import architecture
 from .checks import check_choice, check_context, check_count, check_events
+from .deprecated import METHODS, GraphedFlow
 from .distributions import FlowDistribution, FlowTransform
-from .explanation import explanation
+from .engine import Plan
+from .engine import couple as run_couplings
+from .engine import log_prob as run_log_prob
+from .engine import plan as plan_call
+from .engine.explanation import explanation
+from .engine.frozen import FrozenFlow
+from .engine.kernel import KernelEngine
+from .engine.rows import RowEngine
 from .fingerprint import Fingerprinted
-from .fused import calls
-from .graphs import METHODS, GraphedFlow
 from .grid import check_grid, check_range, round_to_grid
 from .layers import MLP, AdditiveCoupling, Scaling, is_plain_scaling
 from .partition import Partition
-from .path import Path, choose_path
 from .reference import at_least_float32
+from .threads import undisturbed
 
 
 class NICE(Fingerprinted):
@@ -53,6 +60,8 @@ class NICE(Fingerprinted):
         scaling: :class:`nicefast.Scaling`.
         prior: the prior as a torch distribution of one latent feature (with a grid: of all).
         event_shape: shape of one x.
+        recompute: False; set to True, gradients recompute activations, whatever their size, instead
+            of saving up to 1 GiB of them: memory does not grow with the number of couplings.
 
     Shapes: x (..., \\*event_shape), context (..., K) with leading dimensions that broadcast to
     those of x; z like x, log_det and log_prob (...). Narrower inputs than float32 run as float32.
@@ -74,6 +83,7 @@ class NICE(Fingerprinted):
     """
 
     couplings: nn.ModuleList
+    recompute: bool = False
 
     def __init__(
         self,
@@ -175,11 +185,13 @@ class NICE(Fingerprinted):
         without its event shape, and the same for every x (Dinh et al. 2014, section 3.3).
         """
         h, c = self.rows("x", x, context)
-        path, log_det = choose_path(self, h, c), None
-        if path.fused is not None and not path.recorded:
-            z, _ = path.fused.forward(h, c, self.scaling.log_scale, want_z=True)
+        plan, log_det = self.plan(h, c), None
+        engine = self._engine(plan, h, c)
+        if engine is not None:
+            with undisturbed(h.device):
+                z = engine.forward(h, c)
         else:
-            z = self._couple(path, h, c)
+            z = self._couple(plan, h, c)
             if self.grid is None:
                 z, log_det = self.scaling(z)
         log_det = self._log_det(x) if log_det is None else log_det
@@ -194,13 +206,15 @@ class NICE(Fingerprinted):
         True
         """
         h, c = self.rows("z", z, context)
-        path, log_det = choose_path(self, h, c), None
-        if path.fused is not None and not path.recorded:
-            h = path.fused.inverse(h, c, self.scaling.log_scale)
+        plan, log_det = self.plan(h, c), None
+        engine = self._engine(plan, h, c)
+        if engine is not None:
+            with undisturbed(h.device):
+                h = engine.inverse(h, c)
         else:
             if self.grid is None:
                 h, log_det = self.scaling.inverse(h)
-            h = self._couple(path, h, c, inverse=True)
+            h = self._couple(plan, h, c, inverse=True)
         log_det = -self._log_det(z) if log_det is None else log_det
         return _shaped(h, z.shape), _shaped(log_det, self._batch_shape(z))
 
@@ -226,14 +240,11 @@ class NICE(Fingerprinted):
         torch.Size([5])
         """
         h, c = self.rows("x", x, context)
-        path, log_scale = choose_path(self, h, c), self.scaling.log_scale
-        if path.fused is not None and not path.recorded:
-            _, log_prob = path.fused.forward(h, c, log_scale, want_log_prob=True)
-        elif path.differentiable is not None:
-            log_prob = calls.flow_log_prob(path.differentiable, h, c, log_scale)
+        plan = self.plan(h, c)
+        if plan.engine is not None and plan.engine.log_scale is not None:
+            log_prob = run_log_prob(plan.engine, h, c, self.scaling.log_scale)
         else:
-            h = self._couple(path, h, c)
-            log_prob = self._log_density(h)
+            log_prob = self._log_density(self._couple(plan, h, c))
         return _shaped(log_prob, self._batch_shape(x))
 
     def cell_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -257,7 +268,7 @@ class NICE(Fingerprinted):
         if self.grid is None:
             raise ValueError("cell_log_prob needs a grid: take flow.with_grid(grid)")
         h, c = self.rows("x", x, context)
-        h = self._couple(choose_path(self, h, c), h, c)
+        h = self._couple(self.plan(h, c), h, c)
         log_prob = F.cell_log_prob(h, self.scaling.log_scale, self.grid, self.prior_name)
         return _shaped(log_prob, self._batch_shape(x))
 
@@ -313,12 +324,12 @@ class NICE(Fingerprinted):
         """Rows ``row_offset`` to ``row_offset + n`` of a sample."""
         log_scale = self.scaling.log_scale
         rows = torch.empty(n, self.features, dtype=self.dtype, device=log_scale.device)
-        path = choose_path(self, rows, context)
-        if path.sampler is not None:
-            return path.sampler.sample(n, row_offset, seed, context, log_scale)
+        plan = self.plan(rows, context)
+        if plan.name == "kernel":
+            return cast("KernelEngine", plan.engine).sample(n, row_offset, seed, context)
         h = self._noise(n, seed, row_offset)
-        if path.chain is not None or self.grid is not None:
-            return self._couple(path, h, context, inverse=True)
+        if plan.name != "layers":
+            return self._couple(plan, h, context, inverse=True)
         for coupling in reversed(self._couplings()):
             coupling.inverse_(h, context)
         return h
@@ -342,18 +353,42 @@ class NICE(Fingerprinted):
         h = self._noise(math.prod(batch), F.draw_seed(generator), 0)
         log_prob = self._log_density(h)
         c = _repeat(c, n, 0, len(h))
-        x = self._couple(choose_path(self, h, c), h, c, inverse=True)
+        x = self._couple(self.plan(h, c), h, c, inverse=True)
         return x.view(*batch, *self.event_shape), log_prob.view(batch)
 
     def sample_like(self, batch: torch.Size, context: Tensor | None) -> Tensor:
         """One draw for each entry of ``batch`` (context (\\*batch, K)), with gradients."""
         h = self._noise(math.prod(batch), F.draw_seed(), 0)
         c = None if context is None else context.reshape(-1, self.context)
-        x = self._couple(choose_path(self, h, c), h, c, inverse=True)
+        x = self._couple(self.plan(h, c), h, c, inverse=True)
         return x.view(*batch, *self.event_shape)
 
+    def frozen(self, batch: int | None = None) -> FrozenFlow:
+        """A copy of the flow as it is now, for inference with the least overhead in a call.
+
+        The copy owns its weights, cast, arranged and packed once; later changes of the flow do not
+        reach it. It has ``log_prob``, ``forward``, ``inverse``, ``cell_log_prob``, ``sample`` and
+        ``explain``, and records no gradients.
+
+        Args:
+            batch: on a GPU, calls are captured as CUDA graphs of so many rows and replayed, for any
+                number of rows; ignored elsewhere.
+
+        Raises:
+            ValueError: batch < 1; by the copy's methods, a gradient that would have to be recorded.
+
+        >>> import torch, nicefast as nf
+        >>> flow, x = nf.NICE(4, hidden=(8,)), torch.randn(300, 4)
+        >>> torch.allclose(flow.frozen().log_prob(x), flow.log_prob(x), atol=1e-5)
+        True
+        """
+        if batch is not None:
+            check_count("batch", batch, 1)
+        return FrozenFlow(self, batch)
+
     def graphed(self, batch: int, method: str = "log_prob") -> GraphedFlow:
-        """``log_prob`` (``forward``, ``inverse``) as a CUDA graph: small batches without overhead.
+        """Deprecated: :meth:`frozen` serves small batches; or ``log_prob`` (``forward``,
+        ``inverse``) as a CUDA graph that follows the flow's parameters.
 
         The result is called as the method is, with any number of rows; ``batch`` of them go through
         the graph at a time. No gradients. Follows parameters as they change. Where there is no GPU
@@ -363,14 +398,15 @@ class NICE(Fingerprinted):
             ValueError: batch < 1, or an unknown method.
 
         >>> import torch, nicefast as nf
-        >>> flow = nf.NICE(4, hidden=(8,))
-        >>> score = flow.graphed(256)
-        >>> x = torch.randn(300, 4)
-        >>> torch.allclose(score(x), flow.log_prob(x))
+        >>> flow, x = nf.NICE(4, hidden=(8,)), torch.randn(300, 4)
+        >>> torch.allclose(flow.graphed(256)(x), flow.log_prob(x))
         True
         """
         check_count("batch", batch, 1)
         check_choice("method", method, METHODS)
+        warnings.warn(
+            "NICE.graphed is deprecated: use NICE.frozen(batch)", DeprecationWarning, stacklevel=2
+        )
         return GraphedFlow(self, batch, method)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
@@ -398,24 +434,19 @@ class NICE(Fingerprinted):
     def explain(self, rows: int = 65_536) -> str:
         """Which path a log_prob of ``rows`` rows takes on the flow's device, and why.
 
-        Path, blocks, precision, number of products, work and bytes for each row, and the least time
-        that this device could need for them, by its measured rates. See
-        :func:`nicefast.choose_path`, which decides. ValueError for rows < 1.
+        Engine, blocks, precision, number of products, work and bytes for each row, and the least
+        time that this device could need for them, by its measured rates. ValueError for rows < 1.
 
         >>> import nicefast as nf
         >>> print(nf.NICE(4, hidden=(8,)).explain().splitlines()[0])
-        products: every coupling is an MLP's, on one partition
+        rows: every coupling is an MLP's, on one partition
         """
         check_count("rows", rows, 1)
         log_scale = self.scaling.log_scale
         device = log_scale.device
         like = torch.empty(1, self.features, dtype=self.dtype, device=device).expand(rows, -1)
         context = like.new_empty(1, self.context).expand(rows, -1) if self.context else None
-        with torch.no_grad():
-            path = choose_path(self, like, context)
-        with torch.enable_grad():
-            recorded = choose_path(self, like.requires_grad_(), context)
-        return explanation(path, recorded, rows, self.features, device)
+        return explanation(self.plan(like, context), rows, self.features, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -426,10 +457,28 @@ class NICE(Fingerprinted):
         """TypeError or ValueError for a context that this flow does not take."""
         check_context(context, self.context, self.scaling.log_scale.device)
 
+    def plan(self, x: Tensor, context: Tensor | None = None) -> Plan:
+        """Which way rows x (N, D), with context (N, K) or none, take through the flow, and why:
+        ``.name`` and ``.reason``. See :mod:`nicefast.engine.plan`.
+
+        >>> import torch, nicefast as nf
+        >>> nf.NICE(4, hidden=(8,)).plan(torch.zeros(3, 4)).name
+        'rows'
+        """
+        return plan_call(self, x, context)
+
+    def _engine(self, plan: Plan, x: Tensor, context: Tensor | None) -> RowEngine | None:
+        """The engine that scales, too, where no gradient is recorded."""
+        engine = plan.engine
+        if engine is None or engine.log_scale is None:
+            return None
+        recorded = (x, context, self.scaling.log_scale, *engine.stack.parameters)
+        return None if watchers.records(*recorded) else engine
+
     def _couple(
-        self, path: Path, h: Tensor, context: Tensor | None, inverse: bool = False
+        self, plan: Plan, h: Tensor, context: Tensor | None, inverse: bool = False
     ) -> Tensor:
-        """Rows through all couplings (inverse: back), by the path that was chosen."""
+        """Rows through all couplings (inverse: back), as planned."""
         if self.grid is not None:
             given, h = h, round_to_grid(h, self.grid)
             check_range("z" if inverse else "x", h, given, self.grid)
@@ -438,8 +487,8 @@ class NICE(Fingerprinted):
                 if own != self.grid:  # one that was put in later: its shifts would not be exact
                     raise ValueError(f"coupling {i} must have the grid {self.grid:g}, got {own}")
             return reversible.couple(self._couplings(), h, context, inverse)
-        if path.chain is not None:
-            return calls.couple(path.chain, h, context, inverse, path.fused)
+        if plan.engine is not None:
+            return run_couplings(plan.engine, h, context, inverse)
         for coupling in reversed(self._couplings()) if inverse else self._couplings():
             h, _ = coupling.inverse(h, context) if inverse else coupling(h, context)
         return h

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,6 +132,8 @@ class Partition:
         Raises TypeError for another dtype, ValueError for another shape or an empty side.
         """
         if not isinstance(mask, Tensor):
+            if np.ma.is_masked(mask):
+                raise ValueError("mask has masked values: expected all of them")
             try:
                 mask = torch.as_tensor(mask, device="cpu")
             except (TypeError, ValueError, RuntimeError):

@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -136,9 +136,35 @@ def layers_work(
     return Work(flops, moved[direction])
 
 
+def product_calls(
+    dtype: torch.dtype, size: int, device: torch.device
+) -> tuple[dict[str, Callable[[], object]], int]:
+    """A product of two square matrices by each library that PyTorch has for it, and the
+    floating-point operations of one: on the CPU, ``torch.mm`` may be slower than oneDNN.
+
+    >>> import torch
+    >>> from nicefast.roofline import product_calls
+    >>> calls, operations = product_calls(torch.float32, 8, torch.device("cpu"))
+    >>> "torch.mm" in calls, operations
+    (True, 1024)
+    """
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    calls: dict[str, Callable[[], object]] = {"torch.mm": lambda: torch.mm(a, b, out=out)}
+    onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build
+    serves = device.type == "cpu" and onednn is not None
+    if serves and dtype == torch.bfloat16:  # an error on processors without AVX-512
+        serves = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if serves:
+        packed = torch.ops.mkldnn._reorder_linear_weight(b.t().contiguous(), size)
+        calls["oneDNN"] = lambda: onednn(a, packed, None, "none", [], "")
+    return calls, 2 * size**3
+
+
 @cache
 def ceilings(device: torch.device, bfloat16: bool, matmul_precision: str) -> Ceilings:
-    """Measured once (a tenth of a second) for each device and precision of products.
+    """Measured once (a tenth of a second) for each device and precision of products, by the
+    fastest library of :func:`product_calls`.
 
     ``matmul_precision`` is that in force, ``torch.get_float32_matmul_precision()``.
 
@@ -150,9 +176,8 @@ def ceilings(device: torch.device, bfloat16: bool, matmul_precision: str) -> Cei
     size = 1024 if device.type == "cpu" else 4096
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        a = torch.randn(size, size, dtype=torch.float32, device=device).to(dtype)
-        b, out = a.t().contiguous(), torch.empty_like(a)
-        flops = 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device)
+        calls, operations = product_calls(dtype, size, device)
+        flops = operations / min(_best(call, device) for call in calls.values())
         numbers = 1 << (24 if device.type == "cpu" else 26)
         source = torch.randn(numbers, dtype=torch.float32, device=device)
         target = torch.empty_like(source)

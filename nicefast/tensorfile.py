@@ -126,7 +126,8 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for key in sorted(tensors):
         t = tensors[key]
         found.update(repr((key, str(t.dtype), tuple(t.shape))).encode())
-        found.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+        values: Any = t.contiguous().view(-1).view(torch.uint8).numpy()
+        found.update(values)
     return found.hexdigest()
 
 

@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,3 +140,8 @@ def test_printable_and_copyable():
 def test_bad_input(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+def test_a_masked_mask_is_none():
+    with pytest.raises(ValueError, match="mask has masked values"):
+        nf.Partition.from_mask(np.ma.array([True, False, True], mask=[False, True, False]))

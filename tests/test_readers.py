@@ -15,6 +15,9 @@ from nicefast.data.readers import has_format, read
 IDX = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the first line holds numbers")
+
+
 def idx(values, code):
     head = struct.pack(f">HBB{values.ndim}I", 0, code, values.ndim, *values.shape)
     return head + values.astype(IDX[code]).tobytes()

@@ -28,6 +28,8 @@ from nicefast.scoring.outputs import DRAW
 pytest.importorskip("safetensors")
 pytest.importorskip("pyarrow")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the first line holds numbers")
+
 KINDS = (".npy", ".csv", ".parquet")
 D = 6
 
@@ -76,12 +78,12 @@ class Held:
         self.x, self.rows = x, len(x) if known else None
         self.features, self.dtype = x.shape[1], x.dtype
         self.fails_at, self.error = fails_at, error
-        self.first_read = None
+        self.reads = []  # where each reading began
 
     def blocks(self, size, start=0, stop=None):
         stop = len(self.x) if stop is None else stop
+        self.reads.append(start)
         for at in range(start, stop, size):
-            self.first_read = at if self.first_read is None else self.first_read
             end = min(at + size, stop)
             if self.fails_at is not None and end > self.fails_at:
                 raise self.error
@@ -222,6 +224,61 @@ def test_bad_rows_are_nan_and_touch_no_other(flow, tmp_path):
         assert (kept.bad, kept.bad_rows, kept.rows) == (found.bad, found.bad_rows, 2000)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f8", "int64", "uint8", "bool"])
+def test_what_is_masked_is_missing(flow, tmp_path, dtype):
+    """In arrays and in iterables of them: what lies under the mask is never scored."""
+    x = (np.abs(rows(60, 3)) * 5 % 2 if dtype in ("uint8", "bool") else rows(60, 3) * 5).astype(
+        dtype
+    )
+    mask = np.zeros(x.shape, bool)
+    mask[[4, 17, 17], [0, 3, 5]] = True
+    masked = np.ma.array(x, mask=mask)
+    expected = score(flow, x).values["log_prob"].copy()
+    expected[[4, 17]] = np.nan
+    found = score(flow, masked, batch_rows=7)
+    assert (found.bad, found.bad_rows) == (2, (4, 17))
+    np.testing.assert_allclose(found.values["log_prob"], expected, rtol=1e-5)
+    x[mask] = 100  # which has no say
+    again = score(flow, np.ma.array(x, mask=mask), batch_rows=7).values["log_prob"]
+    np.testing.assert_array_equal(again, found.values["log_prob"])
+    plain = score(flow, np.ma.array(x, mask=np.zeros_like(mask)))
+    np.testing.assert_array_equal(plain.values["log_prob"], score(flow, x).values["log_prob"])
+    images = np.ma.array(x.reshape(60, 2, 3), mask=mask.reshape(60, 2, 3))
+    parts = [images[:20], images[20:40], images[40:]]
+    if dtype in ("float16", "float32", ">f8"):
+        values = score(flow, parts).values["log_prob"]
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+    else:
+        with pytest.raises(
+            ValueError,
+            match=f"item 1: expected .* of float64 .*, found 6 of {dtype}".replace("bool", "uint8"),
+        ):
+            score(flow, parts)
+    score(flow, masked, tmp_path / "y.npy", batch_rows=7)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="row 4 holds values that are not finite"):
+        score(flow, masked, strict=True)
+
+
+def test_a_mask_is_part_of_the_source(flow, tmp_path):
+    x, mask = rows(60), np.zeros((60, D), bool)
+
+    def stop(done, *_):
+        if done > 30:
+            raise OSError("gone")
+
+    options = {"batch_rows": 8, "chunk_rows": 8}
+    with pytest.raises(OSError, match="gone"):
+        score(flow, np.ma.array(x, mask=mask), tmp_path / "y.npy", progress=stop, **options)
+    mask[50, 0] = True
+    with pytest.raises(ValueError, match="resume: source differs"):
+        score(flow, np.ma.array(x, mask=mask), tmp_path / "y.npy", resume=True, **options)
+    reference = np.ma.array([-10.0, -9.0, 1e9, -8.0], mask=[0, 0, 1, 0])
+    found = score(flow, x, outputs=["percentile"], reference=reference).values["percentile"]
+    expected = score(flow, x, outputs=["percentile"], reference=reference.compressed())
+    np.testing.assert_array_equal(found, expected.values["percentile"])
+
+
 def test_strict_names_the_first_and_keeps_what_was_finished(flow, tmp_path):
     x = rows(100)
     x[[71, 72]] = np.nan
@@ -331,7 +388,8 @@ def test_a_source_that_fails_half_way(flow, tmp_path, kind, known):
     seen = []
     found = score(flow, table, out, resume=True, progress=lambda n, *_: seen.append(n), **options)
     assert found.rows == 200
-    assert table.first_read == 16 * len(done)  # what was finished is not read again
+    # what was finished last is compared, the rest is not read again
+    assert table.reads == [16 * (len(done) - 1), 16 * len(done)]
     assert seen[0] == 16 * len(done) + 8
     assert out.read_bytes() == (tmp_path / f"whole{kind}").read_bytes()
     assert not (tmp_path / f"y{kind}.unfinished").exists()
@@ -358,7 +416,7 @@ def test_damage_is_found_and_done_again(flow, tmp_path, kind):
         file.write(b'{"chunk":9,"rows":8,"bad":0,"bad_ro')
     table = Held(x)
     score(flow, table, out, resume=True, **options)
-    assert table.first_read == 8
+    assert table.reads == [8 * (len(entries) - 1), 8, 8 * len(entries)]
     assert out.read_bytes() == (tmp_path / f"whole{kind}").read_bytes()
 
 
@@ -402,6 +460,73 @@ def test_resume_refuses_another_job_and_names_what_differs(flow, tmp_path):
         score(flow, Held(x), out, resume=True, **options)
     score(flow, Held(x), out, resume=True, overwrite=True, **options)
     assert out.read_bytes() == before
+
+
+class Scaled(torch.nn.Module):
+    """A density with a number that is neither parameter nor configuration, and which may fail."""
+
+    def __init__(self, flow, factor, fails_after=None):
+        super().__init__()
+        self.flow, self.numbers = flow, {"factor": factor, "left": fails_after}
+
+    def log_prob(self, x):
+        if self.numbers["left"] is not None:
+            self.numbers["left"] -= 1
+            if self.numbers["left"] < 0:
+                raise OSError("gone")
+        return self.flow.log_prob(x) * self.numbers["factor"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_model_of_the_same_parameters_is_noticed(flow, tmp_path, kind, monkeypatch):
+    """The last finished chunk is scored again: bit for bit here, to a tolerance elsewhere."""
+    x, out = rows(100), tmp_path / f"y{kind}"
+    x[48:] = np.nan  # the last chunks say nothing: the last that says something is compared
+    options = {"chunk_rows": 8, "batch_rows": 8}
+    whole = score(Scaled(flow, 1.0), Held(x), tmp_path / f"whole{kind}", **options).path
+    with pytest.raises(OSError, match="gone"):
+        score(Scaled(flow, 1.0, 6), Held(x, fails_at=90, error=OSError("gone")), out, **options)
+    folder = tmp_path / f"y{kind}.unfinished"
+    assert len(read(folder).entries) > 6
+    left = sorted(path.name for path in folder.iterdir())
+    for factor in (1.5, 1 + 1e-6):
+        with pytest.raises(ValueError, match=r"resume: row 4\d comes out otherwise: .* same bits"):
+            score(Scaled(flow, factor), Held(x), out, resume=True, **options)
+        assert sorted(path.name for path in folder.iterdir()) == left
+    other = Held(x.copy())
+    other.x[40:48] += 1  # of the same fingerprint
+    with pytest.raises(ValueError, match="resume: row 40 comes out otherwise"):
+        score(Scaled(flow, 1.0), other, out, resume=True, **options)
+    monkeypatch.setattr(sinks_module, "processor", lambda: "another")
+    with pytest.raises(ValueError, match=r"resume: row 4\d comes out otherwise: .*to 0.0001"):
+        score(Scaled(flow, 1.5), Held(x), out, resume=True, **options)
+    found = score(Scaled(flow, 1 + 1e-6), Held(x), out, resume=True, **options)
+    assert (found.rows, found.bad) == (100, 52)
+    np.testing.assert_allclose(result(out), result(whole), rtol=1e-5)
+
+
+def test_another_activation_of_the_same_parameters_is_noticed(tmp_path):
+    def model(activation):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(D, 5), torch.nn.Linear(5, 1))
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = net
+
+            def log_prob(self, x):
+                return self.net[1](activation(self.net[0](x)))[:, 0]
+
+        return Net()
+
+    options = {"chunk_rows": 8, "batch_rows": 8}
+    broken = Held(rows(100), fails_at=80, error=OSError("gone"))
+    with pytest.raises(OSError, match="gone"):
+        score(model(torch.relu), broken, tmp_path / "y.npy", **options)
+    with pytest.raises(ValueError, match=r"resume: row .* comes out otherwise"):
+        score(model(torch.tanh), Held(rows(100)), tmp_path / "y.npy", resume=True, **options)
+    score(model(torch.relu), Held(rows(100)), tmp_path / "y.npy", resume=True, **options)
 
 
 def test_what_cannot_be_recognised_cannot_be_resumed(flow, tmp_path):
@@ -619,6 +744,59 @@ def test_a_source_that_changes_is_noticed(flow, tmp_path):
     table.rows = 120
     with pytest.raises(ValueError, match="held: expected rows up to 120, found 100"):
         score(flow, table, batch_rows=50)
+
+
+@pytest.mark.parametrize("after", [5 * 8, 200])
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "cut off"])
+@pytest.mark.parametrize("source", ["x.npy", "x.npz", "x.arrow", "x.csv", "x.parquet"])
+def test_a_file_that_changes_while_it_is_scored(flow, tmp_path, source, change, after):
+    """Its rows are those of one version, or there is an error and no file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(path, x):
+        table = pa.table({f"c{i}": x[:, i] for i in range(D)})
+        if path.suffix == ".csv":
+            np.savetxt(path, x, "%12.5f", ",", header=",".join("abcdef"), comments="")
+        elif path.suffix == ".parquet":
+            pq.write_table(table, path, row_group_size=16)
+        elif path.suffix == ".arrow":
+            with pa.ipc.new_file(path, table.schema) as file:
+                file.write_table(table, 16)
+        else:
+            (np.save if path.suffix == ".npy" else np.savez)(path, x)
+
+    path, out = tmp_path / source, tmp_path / "y.npy"
+    options = {"chunk_rows": 8, "batch_rows": 8}
+    write(path, rows(200, 1))
+    other = path.read_bytes()
+    write(path, rows(200))
+    whole = score(flow, path, tmp_path / "whole.npy", **options).path.read_bytes()
+    first, stat = path.read_bytes(), path.stat()
+
+    def told(done, *_):
+        if done != after:
+            return
+        if change == "cut off":
+            os.truncate(path, len(first) // 3)
+        elif change == "rewritten":
+            path.write_bytes(other)
+        else:
+            (tmp_path / "new").write_bytes(other)
+            (tmp_path / "new").replace(path)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    with pytest.raises(ValueError, match=f"{source}: it was changed while it was read"):
+        score(flow, path, out, progress=told, **options)
+    assert not out.exists()
+    kept = read(tmp_path / "y.npy.unfinished")
+    assert len(kept.entries) >= (after // 8 - 3)  # two may wait to be written
+    path.write_bytes(first)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    score(flow, path, out, resume=True, **options)
+    assert out.read_bytes() == whole
+    with pytest.raises(ValueError, match="changed while it was read"):
+        score(flow, path, progress=told, batch_rows=8)
 
 
 def test_default_batch_and_digest(flow):

@@ -54,6 +54,37 @@ def table(n=200, seed=0):
     )
 
 
+def test_what_is_masked_is_missing(iris):
+    """Masked values are refused as NaN is: what lies under the mask is no value."""
+    x, y = iris
+    mask = np.zeros(x.shape, bool)
+    mask[3, 1] = True
+    masked, whole = np.ma.array(x, mask=mask), np.ma.array(x, mask=np.zeros_like(mask))
+    counts = np.ma.array(np.rint(10 * x).astype(int), mask=mask)
+    rows = [np.ma.array(row, mask=hidden) for row, hidden in zip(x, mask, strict=True)]
+    density, classifier = NICEDensity(**QUICK).fit(x), NICEClassifier(density="gaussian").fit(x, y)
+    for bad in (masked, counts, rows, masked.astype(object)):
+        for use in (
+            NICEDensity(**QUICK).fit, density.score_samples, density.score,
+            lambda z: NICEClassifier(**QUICK).fit(z, y), classifier.predict,
+            classifier.predict_proba, classifier.predict_log_proba, classifier.decision_function,
+            classifier.predict_joint_log_proba, lambda z: classifier.score(z, y),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="Input X contains NaN"):
+                use(bad)
+    hidden = np.ma.array(y, mask=mask[:, 1])
+    for use in (NICEClassifier(**QUICK).fit, classifier.score):
+        with pytest.raises(ValueError, match="Input y has masked values"):
+            use(x, hidden)
+    with pytest.raises(ValueError, match="Input priors has masked values"):
+        NICEClassifier(priors=np.ma.array([0.2, 0.3, 0.5], mask=[0, 1, 0])).fit(x, y)
+    with pytest.raises(ValueError, match="Input sample_weight has masked values"):
+        classifier.score(x, y, np.ma.array(np.ones(len(x)), mask=mask[:, 1]))
+    assert np.array_equal(density.score_samples(whole), density.score_samples(x))
+    assert np.array_equal(classifier.predict(whole), classifier.predict(x))
+    assert classifier.score(x, np.ma.array(y)) == classifier.score(x, y)
+
+
 @pytest.mark.parametrize(
     "estimator",
     [

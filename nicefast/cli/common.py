@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ except ImportError as missing:
 
 from .. import __version__
 from ..checkpoint import load
+from ..data.header import HeaderWarning
 from ..flow import NICE
 from ..preprocessing import Preprocessing
 
@@ -56,9 +58,15 @@ def console() -> Console:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what goes wrong into one line on stderr: exit code 2 for a user's input, else 1."""
+    """Turn what goes wrong into one line on stderr: exit code 2 for a user's input, else 1.
+
+    Warnings are one line, too.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", HeaderWarning)
+            warnings.showwarning = _warned
+            yield
     except (ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError) as error:
         typer.echo(f"nicefast: error: {' '.join(str(error).split())}", err=True)
         users = not isinstance(error, RuntimeError | ArithmeticError)
@@ -66,6 +74,10 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         typer.echo(f"nicefast: interrupted{''.join(map(str, interrupt.args))}", err=True)
         raise typer.Exit(130) from None
+
+
+def _warned(message: Warning | str, *_: object, **__: object) -> None:
+    typer.echo(f"nicefast: warning: {' '.join(str(message).split())}", err=True)
 
 
 class Finished(NamedTuple):

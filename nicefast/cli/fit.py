@@ -60,6 +60,9 @@ def fit_command(
     noise_draws: Annotated[int | None, _option("Noise draws for each held-out row.")] = None,
     seed: Annotated[int | None, _option("Of initial weights, shuffling and all noise.")] = None,
     device: Annotated[str | None, _option("Where to train: cpu, cuda, ...")] = None,
+    header: Annotated[
+        str | None, _option("Whether a .csv begins with names: yes, no or auto.")
+    ] = None,
     data_dir: DataDir = None,
     download: Download = False,
     tensorboard: Annotated[bool, typer.Option(help="Write events for TensorBoard, too.")] = False,
@@ -85,6 +88,7 @@ def fit_command(
         "noise_draws": noise_draws,
         "seed": seed,
         "device": device,
+        "header": header,
     }
     with one_line_errors():
         changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
@@ -116,7 +120,7 @@ def _fit(
     download: bool,
     tensorboard: bool,
 ) -> None:
-    rows = load_data(settings.data, data_dir, download)
+    rows = load_data(settings.data, data_dir, download, settings.header)
     with process_group(own_device(settings.device)) as ranks:
         if ranks.rank:
             folder = out.resolve().with_name(f"{out.name}.unfinished")

@@ -180,7 +180,8 @@ def density_command(
 
 
 def _data(run: Path, data_dir: Path | None) -> Dataset:
-    return load_data(Configuration.of_file(run / CONFIG).data, data_dir)
+    settings = Configuration.of_file(run / CONFIG)
+    return load_data(settings.data, data_dir, header=settings.header)
 
 
 def _test_rows(data: Dataset, count: int, seed: int) -> Tensor:

@@ -35,6 +35,9 @@ def score_command(
         str | None, typer.Option(help="Feature columns, names or positions.", show_default=False)
     ] = None,
     keys: Annotated[str, typer.Option(help="Columns to carry over unchanged.")] = "",
+    header: Annotated[
+        str, typer.Option(help="Whether a .csv begins with names: yes, no or auto.")
+    ] = "auto",
     reference: Annotated[
         Path | None,
         typer.Option(help=".npy of log-densities, for percentile.", show_default=False),
@@ -66,6 +69,7 @@ def score_command(
                 outputs=tuple(outputs.split(",")),
                 columns=_names(columns),
                 keys=_names(keys) or (),
+                header=header,
                 reference=reference,
                 draws=draws,
                 seed=seed,

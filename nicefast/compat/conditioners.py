@@ -58,7 +58,7 @@ class Adapted(nn.Module):
         super().__init__()
         coupling = fit.coupling
         self.conditioner = copy.deepcopy(coupling.conditioner)
-        self.shape, self.passes, self.context = coupling.shape, coupling.passes, coupling.context
+        self.shape, self.passes = coupling.shape, coupling.passes
         self.width = torch.Size(coupling.shape).numel()
         like = next((p for p in self.conditioner.parameters() if p.is_floating_point()), None)
         dtype = torch.get_default_dtype() if like is None else like.dtype
@@ -73,7 +73,7 @@ class Adapted(nn.Module):
         h = x1 * own["scale_in"] + own["shift_in"]
         placed = h.new_zeros(len(h), self.width).index_copy(1, own["columns"], h)
         h = placed.view(-1, *self.shape)
-        if not self.context:
+        if self.passes == "never":
             context = None  # this one has none, where another coupling has
         if self.passes == "always":
             shift = self.conditioner(h, context)
@@ -104,7 +104,8 @@ def adapt(fit: Fit, context: int, sequential: tuple[type[nn.Module], ...] = ()) 
     """
     coupling = fit.coupling
     layers = None if len(coupling.shape) > 1 else sequence(coupling.conditioner, sequential)
-    width = torch.Size(coupling.shape).numel() + coupling.context
+    own = coupling.context or 0  # what is a sequence takes none that it does not show
+    width = torch.Size(coupling.shape).numel() + own
     if not layers or not (_is_linear(layers[0]) and _is_linear(layers[-1])):
         return Adapted(fit)
     if cast("nn.Linear", layers[0]).weight.shape[1] != width:
@@ -118,8 +119,8 @@ def adapt(fit: Fit, context: int, sequential: tuple[type[nn.Module], ...] = ()) 
     first, last = cast("nn.Linear", made[0]), cast("nn.Linear", made[-1])
     old = first.weight.detach().to("cpu", torch.float64)
     known = old[:, fit.columns]
-    extra = old[:, width - coupling.context :]
-    if not coupling.context:
+    extra = old[:, width - own :]
+    if not own:
         extra = old.new_zeros(len(old), context)
     bias = first.bias.detach().to("cpu", torch.float64) + known @ fit.shift_in
     _put(first, torch.cat((known * fit.scale_in, extra), 1), bias)
@@ -178,6 +179,56 @@ def sequence(module: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> list[
     if any(m is None for m in found):
         return None
     return list(itertools.chain(*cast("list[list[nn.Module]]", found)))
+
+
+class _IsUsed(Exception):  # noqa: N818
+    """A conditioner did something with its context."""
+
+
+class _Context(Tensor):
+    """A context that nothing can be done with."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise _IsUsed
+
+
+def needs_context(coupling: Coupling) -> bool:
+    """Whether a conditioner that does not show its context does something with one, or can't be
+    called without: a copy of it is called once, on two rows of zeros, in evaluation mode.
+
+    >>> import torch
+    >>> from nicefast.compat.conditioners import needs_context
+    >>> from nicefast.compat.steps import Coupling
+    >>> class Net(torch.nn.Linear):
+    ...     def forward(self, x, context=None):
+    ...         return super().forward(x if context is None else x + context)
+    >>> one = torch.tensor([0])
+    >>> needs_context(Coupling(one, one + 1, Net(1, 1), (1,), context=None, passes="always"))
+    True
+    """
+    net = copy.deepcopy(coupling.conditioner).eval()
+    like = next((p for p in net.parameters() if p.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if like is None else like.dtype
+    device = torch.device("cpu") if like is None else like.device
+    x = torch.zeros(2, *coupling.shape, dtype=dtype, device=device)
+    context = torch.zeros(2, 1, dtype=dtype, device=device).as_subclass(_Context)
+    given = (x, context) if coupling.passes == "always" else (x,)
+    with torch.no_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        try:
+            net(*given)
+        except Exception:  # of whatever kind, its own: what it takes is not known
+            return True
+    return False
+
+
+def input_width(net: Any) -> int | None:
+    """The features that a conditioner takes, where it shows them."""
+    layers = sequence(net)
+    if layers and _is_linear(layers[0]):
+        return cast("Tensor", layers[0].weight).shape[1]
+    found = getattr(net, "in_features", None)
+    return found if isinstance(found, int) else None
 
 
 def _activation(layers: list[nn.Module]) -> str | None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count
 from ..flow import NICE
 from ..layers import MLP
 from ..partition import Partition
 from ..reference import check_prior
-from .conditioners import Fit, adapt
+from .conditioners import Fit, adapt, needs_context
 from .reading import read
-from .steps import Affine, Base, Permutation, Step
+from .steps import Affine, Base, Coupling, Permutation, Step
 
 
 def convert(
     flow: nn.Module,
     prior: str | None = None,
     sequential: type[nn.Module] | Sequence[type[nn.Module]] = (),
+    context: int | None = None,
 ) -> NICE:
     """A flow of nflows, normflows, zuko or FrEIA as an :class:`nicefast.NICE` of the same density.
 
@@ -35,8 +38,13 @@ def convert(
     Conditioners that are linear layers with one activation (relu, leaky_relu of slope 0.01, tanh,
     gelu, silu, elu) between them become :class:`nicefast.MLP`, and with one partition and its
     complement in turn take the fast paths; dropout is left out of them, where the module is set to
-    evaluate. Any others are kept, as copies, and are called layer by layer. The context of an
-    nflows flow is known where its conditioners are ResidualNets or nicefast.MLPs.
+    evaluate. Any others are kept, as copies, and are called layer by layer, with the flow's context
+    wherever the library hands it to them. Its features are known of ResidualNets, nicefast.MLPs,
+    zuko's MLPs and FrEIA's conditions; where no conditioner shows them, one that uses a context
+    (a copy of it is called once, on zeros, to see) needs ``context``.
+
+    In training mode, a flow with dropout gives random densities before and after: each call draws
+    anew, and not the same units. Call ``eval()`` first where densities are to be compared.
 
     FrEIA 0.2's ``LearnedElementwiseScaling`` scales the values rightly but gives the
     log-determinant of its inverse a wrong sign; the converted flow has the right one.
@@ -48,12 +56,15 @@ def convert(
             is taken to be data -> latent).
         sequential: classes of your own, derived from ``nn.Sequential``, whose ``forward`` does what
             Sequential's does (and ignores a context, say), to be seen as such.
+        context: features of the context, where no conditioner shows them; 0 for a flow that is
+            called without one, though its conditioners could take one.
 
     Raises:
         TypeError: ``flow`` is no ``torch.nn.Module``.
         ValueError: a part that is no additive coupling, permutation or element-wise affine map
             (where it is, what it is and why); a base that is neither normal nor logistic; a prior
-            that is missing or not needed; a feature that is moved but never coupled.
+            that is missing or not needed; a feature that is moved but never coupled; a context
+            whose features are not known, or differ from those of another conditioner.
 
     >>> import torch, nicefast as nf
     >>> from nicefast.compat import convert
@@ -67,11 +78,14 @@ def convert(
         raise TypeError(f"flow must be a torch.nn.Module, got {type(flow).__name__}")
     if prior is not None:
         check_prior(prior)
+    if context is not None:
+        context = operator.index(context)
+        check_count("context", context)
     classes = (sequential,) if isinstance(sequential, type) else tuple(sequential)
     steps, base, event = read(flow, prior)
     floating = [t.detach() for t in flow.parameters() if t.is_floating_point()]
     like = floating[0] if floating else torch.empty(0, device="cpu")
-    return assemble(steps, base, event, like, classes).train(flow.training)
+    return assemble(steps, base, event, like, classes, context).train(flow.training)
 
 
 def assemble(
@@ -80,6 +94,7 @@ def assemble(
     event: tuple[int, ...],
     like: Tensor,
     sequential: tuple[type[nn.Module], ...] = (),
+    context: int | None = None,
 ) -> NICE:
     """The flow of ``steps``; its scaling has dtype and device of ``like``.
 
@@ -124,7 +139,8 @@ def assemble(
     at, a, b = at[order], a[order], b[order]
     _move(fits, features, b / a)
     log_scale = a.abs().log().to(like.device, like.dtype)
-    return _build(fits, features, base.kind, event, log_scale, sequential)
+    known = _context([fit.coupling for fit in fits], context)
+    return _build(fits, features, base.kind, event, log_scale, sequential, known)
 
 
 def _move(fits: list[Fit], features: list[tuple[Tensor, Tensor]], c: Tensor) -> None:
@@ -143,6 +159,30 @@ def _move(fits: list[Fit], features: list[tuple[Tensor, Tensor]], c: Tensor) -> 
             fits[later] = fit._replace(shift_in=fit.shift_in - seen * fit.scale_in * c[d])
 
 
+def _context(couplings: Sequence[Coupling], asked: int | None) -> int:
+    """The features of the context of a flow: as its conditioners show, or as ``asked``."""
+    given = [c for c in couplings if c.passes != "never"]
+    shown = {c.context for c in given if c.context is not None}
+    if asked is not None:
+        shown.add(asked)
+    if len(shown) > 1:
+        also = "" if asked is None else f" (context={asked} was asked for)"
+        raise ValueError(
+            f"flow cannot be converted: its couplings take contexts of {sorted(shown)} features, "
+            f"and the library hands one context to all of them{also}"
+        )
+    known = shown.pop() if shown else None
+    hidden = [] if known or asked is not None else [c for c in given if c.context is None]
+    for coupling in hidden:
+        if needs_context(coupling):
+            raise ValueError(
+                f"flow cannot be converted: a conditioner, a {type(coupling.conditioner).__name__},"
+                " takes a context whose features it does not show: give their number as context=, "
+                "or context=0 where the flow is called without one"
+            )
+    return known or 0
+
+
 def _build(
     fits: list[Fit],
     features: list[tuple[Tensor, Tensor]],
@@ -150,13 +190,8 @@ def _build(
     event: tuple[int, ...],
     log_scale: Tensor,
     sequential: tuple[type[nn.Module], ...],
+    context: int,
 ) -> NICE:
-    contexts = sorted({fit.coupling.context for fit in fits} - {0})
-    if len(contexts) > 1:
-        raise ValueError(
-            f"flow cannot be converted: its couplings take contexts of {contexts} features"
-        )
-    context = contexts[0] if contexts else 0
     partitions = []
     for conditioning, _ in features:
         mask = torch.zeros(math.prod(event), dtype=torch.bool, device="cpu")

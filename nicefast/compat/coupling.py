@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,47 +13,55 @@ from .. import backend, watchers
 from .. import functional as F  # noqa: N812
 from ..partition import Partition
 
-T = TypeVar("T")
-KEPT = "_nicefast_partition"  # in the module's __dict__: what a partition was made of, and it
-
 
 def is_traced(*given: Tensor) -> bool:
     """Whether the peer's own code is to be seen: by a compiler or a tracer, which fuses it; by
     torch.func or forward-mode differentiation, which our operations do not have; or by tensors
-    ``given`` that have no memory, or a class with rules of its own."""
+    ``given`` that have no memory, no values, or a class with rules of its own."""
     return (
         watchers.is_compiled()
         or watchers.is_traced()
         or watchers.is_transformed()
         or watchers.has_tangents()
-        or any(t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in given)
+        or any(
+            type(t) not in (Tensor, nn.Parameter) or t.is_meta or not watchers.has_values(t)
+            for t in given
+        )
     )
 
 
-def kept_partition(
-    module: nn.Module, buffer: Tensor, shape: tuple[int, ...], make: Callable[[], T]
-) -> T:
-    """The partition of rows of ``shape`` that ``buffer`` says, made anew when the buffer changes.
+def is_overridden(module: nn.Module, methods: Iterable[str]) -> bool:
+    """Whether an instance has one of its class's ``methods`` replaced, whose result we know."""
+    own = module.__dict__
+    return any(name in own for name in methods)
 
-    A buffer that moves to another device or dtype is another tensor; one that a checkpoint is
-    loaded into has another version, or, made in inference mode, only other values.
+
+def contents(buffer: Tensor) -> bytes:
+    """The values of a mask or of indices, row by row, as a key to what is made of them.
+
+    They are read in every call, so that values written in any way are seen; whatever is kept is
+    kept under the values themselves. Waits for the device where ``buffer`` is not on the CPU.
     """
-    known = module.__dict__.get(KEPT)
-    if known is not None:
-        of, at, rows, partition = known
-        if of is buffer and rows == shape:
-            now = torch.equal(at, buffer) if buffer.is_inference() else at == buffer._version
-            if now:
-                return cast("T", partition)
-    partition = make()
-    at = buffer.clone() if buffer.is_inference() else buffer._version
-    module.__dict__[KEPT] = (buffer, at, shape, partition)
-    return partition
+    return (buffer if buffer.device.type == "cpu" else buffer.cpu()).numpy().tobytes()
 
 
 @functools.lru_cache(maxsize=256)
-def _indices(partition: Partition, device: torch.device, conditioning: bool) -> Tensor:
-    # real and fit for autograd, whoever asks first
+def partition_of(conditioning: bytes) -> Partition | None:
+    """The partition of one byte for each feature, not 0 where it conditions; None where a side is
+    empty."""
+    bits = [bit != 0 for bit in conditioning]
+    if all(bits) or not any(bits):
+        return None
+    with _disable_current_modes():
+        return Partition.from_mask(torch.tensor(bits, device="cpu"))
+
+
+@functools.lru_cache(maxsize=256)
+def indices(partition: Partition, device: torch.device, conditioning: bool) -> Tensor:
+    """The features of one side, in memory that all callers share.
+
+    They are real and fit for autograd, whoever asks first.
+    """
     with _disable_current_modes(), torch.inference_mode(False):
         return (partition.conditioning if conditioning else partition.shifted).to(device)
 
@@ -70,7 +77,7 @@ def split(x: Tensor, partition: Partition, view: bool = False) -> tuple[Tensor, 
         side = partition.locate(x.device, conditioning=True)
         own = side.step != 1
         if own:
-            x1 = x.index_select(-1, _indices(partition, x.device, True))
+            x1 = x.index_select(-1, indices(partition, x.device, True))
         else:
             x1 = x.narrow(-1, side.start, side.size)
     return x, x1 if own or view else x1.clone(memory_format=torch.contiguous_format)
@@ -89,8 +96,8 @@ def shifted(x: Tensor, shift: Tensor, partition: Partition, inverse: bool) -> Te
     if shift.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, shift.dtype)
         x, shift = x.to(dtype), shift.to(dtype)
-    indices = _indices(partition, x.device, False)
-    return x.contiguous().index_add(-1, indices, shift, alpha=-1 if inverse else 1)
+    at = indices(partition, x.device, False)
+    return x.contiguous().index_add(-1, at, shift, alpha=-1 if inverse else 1)
 
 
 def couple(

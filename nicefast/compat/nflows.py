@@ -3,6 +3,10 @@ nicefast's coupling and scaling as its Transforms, the logistic prior as a Distr
 
 from __future__ import annotations
 
+import functools
+from math import prod
+
+import numpy as np
 import torch
 from nflows.distributions.base import Distribution
 from nflows.transforms import coupling as theirs
@@ -14,7 +18,7 @@ from .. import layers
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
-from .coupling import couple, is_traced, kept_partition, zero_log_det
+from .coupling import contents, couple, is_overridden, is_traced, partition_of, zero_log_det
 
 
 class AdditiveCouplingTransform(theirs.AdditiveCouplingTransform):  # type: ignore[misc]
@@ -40,32 +44,58 @@ class AdditiveCouplingTransform(theirs.AdditiveCouplingTransform):  # type: igno
     def _both(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         fits = inputs.dim() in (2, 4) and inputs.shape[1] == self.features
         call = super().inverse if inverse else super().forward
-        if not fits or is_traced(inputs) or self.unconditional_transform is not None:
+        given, moved = self.identity_features, self.transform_features
+        if (
+            not fits
+            or is_traced(inputs, given, moved)
+            or self.unconditional_transform is not None
+            or is_overridden(self, _STEPS)
+        ):
             return call(inputs, context)  # or its own error
-        event = tuple(inputs.shape[1:])
-        partition = kept_partition(self, self.transform_features, event, lambda: self._split(event))
-        if partition is None:
-            return call(inputs, context)
-        return (
-            couple(
+        if not given.device == moved.device == _CPU:
+            y = self._indexed(inputs, context, inverse)
+        else:
+            event = tuple(inputs.shape[1:])
+            sides = ((contents(side), side.dtype) for side in (given, moved))
+            partition = _split(event, *sides)
+            if partition is None:
+                return call(inputs, context)
+            y = couple(
                 inputs,
                 partition,
                 lambda x1: self.transform_net(x1, context),
-                (self.num_identity_features, *event[1:]),
+                (len(given), *event[1:]),
                 inverse,
-            ),
-            zero_log_det(inputs),
-        )
+            )
+        return y, zero_log_det(inputs)
 
-    def _split(self, event: tuple[int, ...]) -> Partition | None:
-        """None for features in another order, as a checkpoint may bring them, or on one side."""
-        sides = self.identity_features.cpu(), self.transform_features.cpu()
-        mask = torch.ones(self.features, dtype=torch.bool, device="cpu")
-        mask[sides[1]] = False
-        found = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
-        if not all(len(a) and torch.equal(a, b) for a, b in zip(sides, found, strict=True)):
-            return None
-        return Partition.from_mask(mask.view(-1, *(1,) * (len(event) - 1)).expand(event).flatten())
+    def _indexed(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        """Without a look at the indices, for which a device would have to be waited for."""
+        shift = self.transform_net(inputs[:, self.identity_features], context)
+        y, x2 = inputs.clone(), inputs[:, self.transform_features]
+        y[:, self.transform_features] = x2 - shift if inverse else x2 + shift
+        return y
+
+
+# what of theirs its own forward and inverse call
+_STEPS = ("_coupling_transform_forward", "_coupling_transform_inverse", "_scale_and_shift")
+_CPU = torch.device("cpu")
+_Side = tuple[bytes, torch.dtype]
+
+
+@functools.lru_cache(maxsize=256)
+def _split(event: tuple[int, ...], given: _Side, moved: _Side) -> Partition | None:
+    """The partition of rows of shape ``event`` by the indices of the channels that condition and
+    of those that are shifted; None where they are not both ascending, or not all channels."""
+    if not given[1] == moved[1] == torch.int64:
+        return None
+    conditioning, shifted = (np.frombuffer(side[0], np.int64).tolist() for side in (given, moved))
+    if sorted(conditioning) != conditioning or sorted(shifted) != shifted:
+        return None
+    if sorted(conditioning + shifted) != list(range(event[0])):
+        return None
+    known = set(conditioning)
+    return partition_of(b"".join(bytes([i in known]) * prod(event[1:]) for i in range(event[0])))
 
 
 def recognise(module: nn.Module) -> type[nn.Module] | str:

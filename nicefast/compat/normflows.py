@@ -15,13 +15,14 @@ from normflows.flows import reshape
 from normflows.flows.affine import coupling as theirs
 from normflows.flows.base import Flow
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backend, layers
 from ..layers import is_watched
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
-from .coupling import couple, is_traced, kept_partition, shifted, split, zero_log_det
+from .coupling import couple, is_traced, zero_log_det
 from .parts import Event, normflows_half
 
 
@@ -71,11 +72,13 @@ class AffineCouplingBlock(theirs.AffineCouplingBlock):  # type: ignore[misc]
         return self._both(z, True)
 
     def _both(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        mode, coupling = self.flows[0].mode, self.flows[1]
-        found = None if is_traced(z) or coupling.scale else _split(mode, tuple(z.shape[1:]))
+        # its parts are not called here: hooks may have come to them, and others in their place
+        plain = not is_traced(z) and not _has_any_global_hook() and _block(self.flows) is None
+        found = _split(self.flows[0].mode, tuple(z.shape[1:])) if plain else None
         if found is None:
             call = super().inverse if inverse else super().forward  # or its own error
             return call(z)
+        mode, coupling = self.flows[0].mode, self.flows[1]
         if mode.startswith("channel") and not backend.uses_kernels(z.device):
             return _beside(z, coupling.param_map, mode, inverse), zero_log_det(z)
         partition, shape = found
@@ -111,7 +114,7 @@ class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
     """:class:`normflows.flows.MaskedAffineFlow` with ``s=None``, its features moved in one pass.
 
     b = 1 conditions; the full-width ``t`` sees ``b * z``. A shift that is not finite gives NaN, as
-    theirs; features with b = 1 always stay as they are.
+    theirs.
 
     >>> import torch
     >>> from nicefast.compat.normflows import MaskedAffineFlow
@@ -128,28 +131,14 @@ class MaskedAffineFlow(theirs.MaskedAffineFlow):  # type: ignore[misc]
         return self._both(z, True)
 
     def _both(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        call = super().inverse if inverse else super().forward
-        if is_traced(z) or why_not_masked(self) is not None or z.shape[1:] != self.b.shape[1:]:
+        b = self.b
+        if is_traced(z) or why_not_masked(self) is not None or z.shape[1:] != b.shape[1:]:
+            call = super().inverse if inverse else super().forward
             return call(z)
-        partition = kept_partition(self, self.b, tuple(z.shape[1:]), lambda: _by_mask(self.b))
-        if partition is None:  # a mask that a checkpoint brought
-            return call(z)
-        masked = self.b * z
-        rows = z.to(masked.dtype).reshape(len(z), partition.features)  # b may be wider, as theirs
-        trans = self.t(masked)
-        trans = trans if trans.shape == z.shape else trans.expand(z.shape)
-        shift = split(trans.reshape(rows.shape), ~partition)[1]
-        shift = shift.nan_to_num(torch.nan, torch.nan, torch.nan)
-        y = shifted(rows, shift, partition, inverse).view(z.shape)
-        return y, zero_log_det(rows)
-
-
-def _by_mask(b: Tensor) -> Partition | None:
-    """The partition that a mask b says, if it is of zeros and ones, both."""
-    binary = bool(((b == 0) | (b == 1)).all())
-    if not binary or not 0 < int((b != 0).sum()) < b.numel():
-        return None
-    return Partition.from_mask((b != 0).flatten().cpu())
+        masked = b * z
+        shift = self.t(masked).nan_to_num(torch.nan, torch.nan, torch.nan)
+        y = torch.addcmul(masked, 1 - b, z - shift if inverse else z + shift)
+        return y, zero_log_det(masked)
 
 
 def why_not_masked(module: theirs.MaskedAffineFlow) -> str | None:
@@ -169,8 +158,6 @@ def recognise(module: Any) -> type[nn.Module] | str:
     if kind is theirs.AffineCoupling:
         return "not additive: it scales" if module.scale else AffineCoupling
     if kind is theirs.MaskedAffineFlow:
-        if _by_mask(module.b) is None:
-            return "its mask b is not of zeros and ones, both"
         return why_not_masked(module) or MaskedAffineFlow
     return "a subclass, whose overrides would be lost"
 
@@ -178,8 +165,10 @@ def recognise(module: Any) -> type[nn.Module] | str:
 def _block(flows: Sequence[Any]) -> str | None:
     """Why a block is more than a split, an additive coupling and a merge, if it is."""
     kinds = [type(flow) for flow in flows]
-    if kinds != [reshape.Split, theirs.AffineCoupling, reshape.Merge]:
-        return f"its parts are {', '.join(kind.__name__ for kind in kinds)}"
+    inner = AffineCoupling if AffineCoupling in kinds else theirs.AffineCoupling  # fast already
+    if kinds != [reshape.Split, inner, reshape.Merge]:
+        found = ", ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+        return f"its parts are {found}, expected normflows' Split, AffineCoupling and Merge"
     if flows[1].scale:
         return "not additive: it scales"
     if flows[0].mode != flows[2].mode:

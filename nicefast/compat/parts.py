@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import MLP, is_watched
-from .replacing import PEERS
+from .replacing import PEERS, own_methods
 from .steps import Affine, Base, Coupling, Step, slots, spread
 
 UNKNOWN = (
     "is no additive coupling, permutation or element-wise map that is known "
-    "(subclasses of them and modules with hooks are not)"
+    "(subclasses of them, modules with methods of their own and modules with hooks are not)"
 )
 Event = tuple[int, ...]
 Reader = Callable[[Any, str, Event], list[Step]]
@@ -27,7 +27,7 @@ def refused(part: object, where: str, why: str) -> ValueError:
 def kind_of(part: object, peer: str) -> str:
     """The name of a class of that library, or of one of nicefast's for it; "" for any other, and
     for what does more than its class."""
-    if isinstance(part, nn.Module) and is_watched(part):
+    if isinstance(part, nn.Module) and (is_watched(part) or own_methods(part)):
         return ""
     home = type(part).__module__
     own = home == f"{__package__}.{PEERS[peer].module}"
@@ -78,6 +78,9 @@ def normflows_half(mode: str, event: Event) -> tuple[Tensor, Event]:
 def native_steps(part: Any, peer: str, event: Event) -> list[Step] | None:
     """nicefast's own coupling or scaling, as a class of that library, data -> latent."""
     kind = kind_of(part, peer)
+    part = getattr(part, "layer", part)  # as FrEIA's have it
+    if is_watched(part) or own_methods(part):
+        return None
     if kind == "Scaling" and hasattr(part, "log_scale"):
         scale = spread(part.log_scale.double().exp().view(event), event)
         return [Affine(scale, torch.zeros_like(scale))]
@@ -89,7 +92,12 @@ def native_steps(part: Any, peer: str, event: Event) -> list[Step] | None:
     return [Coupling(conditioning, shifted, net, (len(conditioning),), context=known)]
 
 
-def context_of(net: Any) -> int:
-    """The context features of a conditioner that says them."""
-    found = net.context if isinstance(net, MLP) else getattr(net, "context_features", None)
-    return found if isinstance(found, int) else 0
+def context_of(net: Any) -> int | None:
+    """The context features of a conditioner; None where it does not show them."""
+    if isinstance(net, MLP):
+        return net.context
+    for name in ("context_features", "context_channels"):  # of nflows' networks
+        if hasattr(net, name):
+            found = getattr(net, name)
+            return 0 if found is None else found if isinstance(found, int) else None
+    return None

@@ -5,11 +5,13 @@ Parts are known by the names of their classes: no library is imported that a flo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from .conditioners import input_width
 from .parts import (
     UNKNOWN,
     Event,
@@ -106,6 +108,8 @@ def _nflows_steps(part: Any, where: str, event: Event) -> list[Step]:
         c, s = (slots(event)[index].flatten() for index in (given, rest))
         shape = (len(given), *event[1:])
         net = part.transform_net
+        if getattr(net, "context_channels", None):
+            raise refused(net, where, "has a context of images: a context is one vector")
         return [Coupling(c, s, net, shape, context=context_of(net), passes="always")]
     native = native_steps(part, "nflows", event)
     if native is None:
@@ -148,7 +152,12 @@ def _normflows_steps(part: Any, where: str, event: Event) -> list[Step]:
         scale = part.s[0].double().exp()
         return [Affine(spread(scale, event), spread(part.t[0], event))]
     if kind == "AffineCouplingBlock":
+        kinds = [kind_of(inner, "normflows") for inner in part.flows]
+        if kinds != ["Split", "AffineCoupling", "Merge"]:
+            raise refused(part, where, f"has parts that are not known (hooks?): {list(part.flows)}")
         mode, inner = part.flows[0].mode, part.flows[1]
+        if part.flows[2].mode != mode:
+            raise refused(part, where, f"splits by {mode} and merges by {part.flows[2].mode}")
         if inner.scale:
             raise refused(part, where, "is affine, not additive: it has scale=True")
         c, shape = normflows_half(mode, event)
@@ -197,12 +206,15 @@ def _zuko_steps(part: Any, where: str, event: Event) -> list[Step]:
         return inverted(_zuko_steps(part.transform, f"{where}.transform", event))
     if kind == "GeneralCouplingTransform":
         univariate = (getattr(part.univariate, k, "") for k in ("__module__", "__name__"))
-        if tuple(univariate) != ("zuko.transforms", "AdditiveTransform") or part.total != 1:
+        additive = tuple(univariate) == ("zuko.transforms", "AdditiveTransform")
+        if not additive or [tuple(shape) for shape in part.shapes] != [()]:
             raise refused(part, where, "is not additive: its univariate is no AdditiveTransform")
         mask = part.mask.cpu()
         c, s = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-        context = part.hyper.in_features - len(c)
-        shape = (len(c),)
+        width, shape = input_width(part.hyper), (len(c),)
+        context = None if width is None else width - len(c)
+        if context is not None and context < 0:
+            raise refused(part, where, f"has a hyper of {width} inputs, and {len(c)} condition")
         return [Coupling(c, s, part.hyper, shape, context=context, passes="joined")]
     if kind == "UnconditionalTransform" or (
         kind == "ElementWiseTransform" and hasattr(part, "phi")
@@ -257,9 +269,9 @@ def _freia_steps(part: Any, where: str, event: Event) -> list[Step]:
         if part.conditional and len(event) > 1:
             raise refused(part, where, "has a condition of images: a context is one vector")
         first, second = slots(event)[: part.split_len1], slots(event)[part.split_len1 :]
-        known = part.condition_length
+        known, passes = part.condition_length, "joined" if part.conditional else "never"
         return [
-            Coupling(c.flatten(), s.flatten(), net, tuple(c.shape), 1, False, known, "joined")
+            Coupling(c.flatten(), s.flatten(), net, tuple(c.shape), 1, False, known, passes)
             for c, s, net in ((second, first, part.F), (first, second, part.G))
         ]
     if kind == "PermuteRandom":
@@ -274,4 +286,10 @@ def _freia_steps(part: Any, where: str, event: Event) -> list[Step]:
     native = native_steps(part, "FrEIA", event)
     if native is None:
         raise refused(part, where, UNKNOWN)
-    return native
+    if any(len(shape) > 1 for shape in part.dims_c):
+        raise refused(part, where, "has a condition of images: a context is one vector")
+    known, passes = (part.dims_c[0][0], "argument") if part.dims_c else (0, "never")
+    return [
+        replace(step, context=known, passes=passes) if isinstance(step, Coupling) else step
+        for step in native
+    ]

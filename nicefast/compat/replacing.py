@@ -16,7 +16,6 @@ from typing import NamedTuple
 from torch import nn
 
 from ..layers import is_watched
-from .coupling import KEPT
 
 
 class Peer(NamedTuple):
@@ -136,9 +135,13 @@ def restore(module: nn.Module) -> int:
         own = _own_class(type(part))
         if own is not None:
             part.__class__ = own
-            part.__dict__.pop(KEPT, None)
             count += 1
     return count
+
+
+def own_methods(part: nn.Module) -> list[str]:
+    """The methods of its class that an instance has replaced."""
+    return [name for name in part.__dict__ if callable(getattr(type(part), name, None))]
 
 
 def _own_class(fast: type[nn.Module]) -> type[nn.Module] | None:
@@ -193,7 +196,7 @@ def _why_left(
             return f"shared: {places[inner][0]} is in {owners[inner]} couplings"
     if is_watched(part):
         return "it has hooks, or a forward of its own"
-    own = [name for name in part.__dict__ if callable(getattr(type(part), name, None))]
+    own = own_methods(part)
     if own:
         return f"it has a method of its own: {', '.join(own)}"
     tensors = [*part.parameters(), *part.buffers()]

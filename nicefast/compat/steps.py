@@ -23,9 +23,10 @@ class Coupling:
         sign: 1 or -1.
         full: the conditioner sees all slots, those that do not condition being zero, and answers
             with one value for each slot.
-        context: features of the context.
-        passes: how the context comes to the conditioner: ``"argument"``, where there is one;
-            ``"always"``, as an argument that may be None; ``"joined"``, behind its inputs.
+        context: features of the context; None where the conditioner does not show them.
+        passes: how the flow's context comes to the conditioner: ``"argument"``, where there is one;
+            ``"always"``, as an argument that may be None; ``"joined"``, behind its inputs;
+            ``"never"``, where the library keeps it from this one.
     """
 
     conditioning: Tensor
@@ -34,7 +35,7 @@ class Coupling:
     shape: tuple[int, ...]
     sign: int = 1
     full: bool = False
-    context: int = 0
+    context: int | None = 0
     passes: str = "argument"
 
 

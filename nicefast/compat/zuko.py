@@ -18,43 +18,59 @@ from ..fingerprint import Fingerprinted
 from ..layers import describe_coupling
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
-from .coupling import is_traced, kept_partition, shifted, split
+from .coupling import contents, indices, is_overridden, is_traced, partition_of, shifted, split
 from .distributions import CouplingTransform as _CouplingTransform
 from .distributions import ScalingTransform as _ScalingTransform
 
-_Sides = tuple[Partition, Tensor, Tensor]
 _ADDITIVE: dict[str, Any] = {"univariate": transforms.AdditiveTransform, "shapes": [()]}
 
 
 class CouplingTransform(transforms.CouplingTransform):  # type: ignore[misc]
     """One coupling under one context: ``y_b = x_b + hyper([x_a; c])``, rows of any batch shape.
 
-    ``of`` is the lazy coupling, ``sides`` its partition and the indices that theirs has.
+    ``of`` is the lazy coupling, ``partition`` the one that its mask says.
     """
 
-    def __init__(self, of: theirs.GeneralCouplingTransform, sides: _Sides, c: Tensor | None):
+    def __init__(
+        self, of: theirs.GeneralCouplingTransform, partition: Partition, c: Tensor | None
+    ) -> None:
         Transform.__init__(self)  # theirs would look for the mask's indices in every call
-        self.hyper, self.context, self.meta = of.hyper, c, partial(of.meta, c)
-        self.partition, self.idx_a, self.idx_b = sides
+        self.of, self.partition, self.context, self.meta = of, partition, c, partial(of.meta, c)
+        device = of.mask.device
+        self._sides = indices(partition, device, True), indices(partition, device, False)
+
+    @property
+    def idx_a(self) -> Tensor:
+        return self._sides[0].clone()  # the memory of our own is shared
+
+    @property
+    def idx_b(self) -> Tensor:
+        return self._sides[1].clone()
+
+    def _is_plain(self, x: Tensor) -> bool:
+        return not is_traced(x) and why_not(self.of) is None
 
     def _call(self, x: Tensor) -> Tensor:
-        return super()._call(x) if is_traced(x) else self._shifted(x, False)
+        return self._shifted(x, False) if self._is_plain(x) else super()._call(x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return super()._inverse(y) if is_traced(y) else self._shifted(y, True)
+        return self._shifted(y, True) if self._is_plain(y) else super()._inverse(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self._is_plain(x):
+            return super().log_abs_det_jacobian(x, y)
         return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self._call(x)
-        return y, self.log_abs_det_jacobian(x, y)
+        if not self._is_plain(x):
+            return super().call_and_ladj(x)  # type: ignore[no-any-return]
+        return self._shifted(x, False), self.log_abs_det_jacobian(x, x)
 
     def _shifted(self, x: Tensor, inverse: bool) -> Tensor:
         rows, x1 = split(x, self.partition)
         if self.context is not None:
             x1 = torch.cat(broadcast(x1, self.context, ignore=1), dim=-1)
-        return shifted(rows, self.hyper(x1), self.partition, inverse)
+        return shifted(rows, self.of.hyper(x1), self.partition, inverse)
 
 
 class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore[misc]
@@ -63,6 +79,11 @@ class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore
 
     Called with a context c (..., K) or None it gives a transform from data to latent; mask True
     conditions. A conditioner that writes over its input does not change y_a, as it does in zuko.
+
+    In training mode, dropout in the conditioner draws its units anew in each call of it, as in
+    zuko. ``log_abs_det_jacobian``, and ``call_and_ladj`` of the inverse, call the conditioner once
+    less than zuko does, since the log-determinant is 0: random numbers that are drawn later, and
+    running statistics of a BatchNorm, then differ from zuko's. Call ``eval()`` to compare.
 
     >>> import torch
     >>> from zuko.transforms import AdditiveTransform
@@ -75,20 +96,17 @@ class GeneralCouplingTransform(theirs.GeneralCouplingTransform):  # type: ignore
 
     def forward(self, c: Tensor | None = None) -> Transform:
         mask = self.mask
-        if is_traced(mask) or why_not(self) is not None:
+        known = mask.dtype == torch.bool and mask.dim() == 1
+        if not known or is_traced(mask) or why_not(self) is not None:
             return super().forward(c)
-        sides = kept_partition(self, mask, tuple(mask.shape), lambda: _sides(mask))
-        return CouplingTransform(self, sides, c)
-
-
-@torch.inference_mode(False)  # the indices outlive this call and may meet autograd
-def _sides(mask: Tensor) -> _Sides:
-    indices = mask.nonzero().squeeze(-1), (~mask).nonzero().squeeze(-1)
-    return Partition.from_mask(mask.cpu()), *indices
+        partition = partition_of(contents(mask))
+        return super().forward(c) if partition is None else CouplingTransform(self, partition, c)
 
 
 def why_not(module: theirs.GeneralCouplingTransform) -> str | None:
     """Why a coupling is not additive, if it is not."""
+    if is_overridden(module, ("meta",)):
+        return "it has a method of its own: meta"
     if module.univariate is not transforms.AdditiveTransform:
         name = getattr(module.univariate, "__name__", type(module.univariate).__name__)
         return f"not additive: its univariate transform is {name}"

@@ -55,12 +55,17 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"input {path}: no such file or folder")
     empty = _empty(path)
-    values = read(path).values if empty is None else empty
+    kind = {".npy": "npy", ".csv": "csv"}.get(path.suffix.lower(), "idx")
+    if empty is not None:
+        values = empty
+    elif kind == "csv":
+        values = read(path, header=not _are_integers(_first_cells(path))).values
+    else:
+        values = read(path).values
     if values.dtype.kind not in "iu":
         raise ValueError(
             f"input {path} must hold integers, got {values.dtype}: compression is of levels"
         )
-    kind = {".npy": "npy", ".csv": "csv"}.get(path.suffix.lower(), "idx")
     if kind == "idx" and (path.suffix.lower() in (".npz", ".mat", ".parquet", ".bin")):
         raise ValueError(f"input {path} must be IDX, .npy, .csv or a folder of PNG images")
     if values.ndim < 2:
@@ -245,6 +250,11 @@ def _csv_wrapper(path: Path, values: npt.NDArray[Any]) -> bytes:
     if about == ["", "\n", True]:
         return b""
     return zlib.compress(json.dumps(about).encode(), 9)
+
+
+def _first_cells(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        return file.readline().decode("utf-8", "replace").strip().split(",")
 
 
 def _are_integers(cells: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import check_path
 from ..spacing import column_spacings
 from . import sources
+from .header import Header
 from .readers import has_format, read
 from .sources import Entry, Source, entry_of, not_found, paths_in, roots
 from .toys import TOYS, toy
@@ -70,7 +71,10 @@ class Dataset:
 
 
 def load_data(
-    source: str | Path, data_dir: str | Path | None = None, download: bool = False
+    source: str | Path,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    header: Header = "auto",
 ) -> Dataset:
     """Load a data set by its name, or from the path of any file that :func:`readers.read` reads.
 
@@ -88,6 +92,7 @@ def load_data(
             ``./data`` and ``/usr/share/datasets``.
         download: get the files that are missing, into a folder of the set's name in the first of
             these folders; their MD5 is checked. Nothing is downloaded otherwise.
+        header: of a ``.csv`` file, as :func:`readers.read` takes it.
 
     Raises:
         ValueError: unknown name; files that are missing, or are not what they should be; a
@@ -117,7 +122,7 @@ def load_data(
     if not (path.exists() or has_format(path)):
         names = ", ".join(DATASETS)
         raise ValueError(f"data must be one of {names}, or the path of a file, got {name!r}")
-    return _table(path.stem, [path])
+    return _split(path.stem, *_rows(path, read(path, header=header).values))
 
 
 def inventory(data_dir: str | Path | None = None) -> list[Entry]:
@@ -160,7 +165,10 @@ def _digits(name: str, _: Sequence[Path]) -> Dataset:
 
 def _table(name: str, paths: Sequence[Path]) -> Dataset:
     """One file's rows, split by :func:`split_rows`."""
-    values, levels = _rows(paths[0], read(paths[0]).values)
+    return _split(name, *_rows(paths[0], read(paths[0]).values))
+
+
+def _split(name: str, values: Tensor, levels: int | None) -> Dataset:
     return Dataset(name, levels, *(values[rows] for rows in split_rows(len(values))))
 
 

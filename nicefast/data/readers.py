@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import math
-import mmap
 import struct
 import zipfile
 from array import array
@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from .header import LOOKED_AT, Header, is_header, said_header
 from .matlab import BLOCK, WrongError, elements
 
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -44,7 +45,7 @@ class Content:
     columns: tuple[str, ...] | None = None
 
 
-def read(path: str | Path, key: str | None = None) -> Content:
+def read(path: str | Path, key: str | None = None, header: Header = "auto") -> Content:
     """Read one file; its ending says the format, and any other ending is IDX, gzipped or not.
 
     ======== ======================================================================================
@@ -61,6 +62,8 @@ def read(path: str | Path, key: str | None = None) -> Content:
     Args:
         path: the file.
         key: which array of a ``.npz`` or ``.mat`` file, as it stands there.
+        header: of ``.csv``: whether the first line is one, True, False or "auto", the rule of
+            :func:`nicefast.data.header.is_header`.
 
     Raises:
         ValueError: the file is missing, empty, corrupt, shorter or longer than its header says;
@@ -85,9 +88,11 @@ def read(path: str | Path, key: str | None = None) -> Content:
             raise WrongError(f"not a readable {kind} file: it is empty")
         if key is not None and kind not in (".npz", ".mat"):
             raise WrongError(f"key selects an array of a .npz or .mat file, got {key!r}")
-        content = _READERS.get(kind, _idx)(path, key)
+        if kind != ".csv" and said_header(header) is not None:
+            raise WrongError(f"header is for .csv files, got {header!r}")
+        content = _csv(path, header) if kind == ".csv" else _READERS.get(kind, _idx)(path, key)
         _check(content)
-    except ImportError:
+    except (ImportError, Warning):
         raise
     except WrongError as why:
         raise ValueError(f"{path}: {why}") from None
@@ -103,7 +108,7 @@ def has_format(path: str | Path) -> bool:
     >>> has_format("table.csv"), has_format("train-images-idx3-ubyte")
     (True, False)
     """
-    return Path(path).suffix.lower() in _READERS
+    return Path(path).suffix.lower() in (".csv", *_READERS)
 
 
 def check_held(path: Path, what: str, size: int) -> None:
@@ -204,7 +209,7 @@ def _idx(path: Path, _: str | None) -> Content:
         with cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw) as stream:
             magic = stream.read(4)
             if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX or not magic[3]:
-                known = ", ".join((*_READERS, "IDX"))
+                known = ", ".join((*sorted((".csv", *_READERS)), "IDX"))
                 raise WrongError(
                     f"not a readable file of a known format ({known}): expected the magic bytes "
                     f"00 00 of IDX, a type from 08 to 0e and a number of dimensions, found "
@@ -296,17 +301,20 @@ def _labels(name: str, values: _Array) -> _Array:
     return labels.astype(np.int64)
 
 
-def _csv(path: Path, _: str | None) -> Content:
+def _csv(path: Path, header: Header) -> Content:
     columns: tuple[str, ...] | None = None
     width = 0
     numbers: array = array("q")  # 64-bit integers, until a cell is none
-    for line, cells in csv_rows(path):
+    rows = csv_rows(path)
+    first = list(itertools.islice(rows, 1 + LOOKED_AT))
+    if first:
+        cells = first[0][1]
+        width = len(cells)
+        if is_header(str(path), cells, [row for _, row in first[1:]], header):
+            columns = tuple(cell.strip() for cell in cells)
+            del first[0]
+    for line, cells in itertools.chain(first, rows):
         row = _numbers(cells)
-        if not width:
-            width = len(cells)
-            if row is None and all(_numbers([cell]) is None for cell in cells):
-                columns = tuple(cell.strip() for cell in cells)
-                continue
         if len(cells) != width:
             raise WrongError(f"line {line}: expected {width} cells, found {len(cells)}")
         if row is None:
@@ -356,9 +364,7 @@ def _parquet(path: Path, _: str | None) -> Content:
 
 
 def _mat(path: Path, key: str | None) -> Content:
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays = dict(elements(memoryview(mapped)))
+    arrays = dict(elements(memoryview(path.read_bytes())))  # not mapped: it may be cut off
     name = _choose(list(arrays), ("X", "images"), key)
     values = arrays[name]
     if key is None and name == "X" and "y" in arrays and values.shape[:3] == (32, 32, 3):
@@ -376,7 +382,6 @@ def _mat(path: Path, key: str | None) -> Content:
 
 _READERS: dict[str, Callable[[Path, str | None], Content]] = {
     ".bin": _cifar,
-    ".csv": _csv,
     ".mat": _mat,
     ".npy": _npy,
     ".npz": _npz,

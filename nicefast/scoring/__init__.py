@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ..checks import check_count, check_path, check_type
+from ..data.header import Header
 from ..devices import device_of, usable_device
 from ..evaluation import Density
 from ..precision import matmul_precision
@@ -31,7 +32,6 @@ from ..ranks import Ranks
 from .engine import Engine, Sink
 from .formats import SINKS
 from .job import Job, Span, count_rows, versions
-from .journal import LISTED
 from .models import default_batch, digest, evaluating, event_shape, resolve, where
 from .outputs import OUTPUTS, Scorer
 from .sinks import ArraySink
@@ -70,6 +70,7 @@ def score(
     outputs: Sequence[str] = ("log_prob",),
     columns: Any = None,
     keys: Sequence[Any] = (),
+    header: Header = "auto",
     batch_rows: int | None = None,
     chunk_rows: int = 65536,
     device: torch.device | str | None = None,
@@ -107,6 +108,7 @@ def score(
             unless given.
         outputs: names, see :class:`nicefast.scoring.outputs.Scorer`.
         columns, keys: the columns that are features, and those to carry over.
+        header: whether the first line of ``.csv`` files is one: True, False or "auto".
         batch_rows: rows that are computed together, halved where memory does not do; unless given,
             see :func:`nicefast.scoring.models.default_batch`.
         chunk_rows: rows that are finished together, rounded down to whole batches.
@@ -122,7 +124,8 @@ def score(
     Raises:
         ValueError: arguments that do not go together; an ``out`` or an unfinished job that is
             there already, none to be resumed, or one of another model, source or options, naming
-            what differs; rows that cannot be read or scored, naming file, row or column.
+            what differs; rows that cannot be read or scored, naming file, row or column; a source
+            that is changed meanwhile (chunks that were finished before are kept).
         TypeError: a model without ``log_prob``; arguments of a wrong kind.
         OSError: a full disk and the like.
         ImportError: a format whose package is not installed.
@@ -144,14 +147,14 @@ def score(
     _check(path, keys, batch_rows, chunk_rows, resume, ranks)
     density, steps = resolve(model, preprocessing, device)
     place = device_of(density) if device is None else usable_device(device)
-    table = _table(source, columns, keys, event_shape(density))
+    table = _table(source, columns, keys, header, event_shape(density))
     scorer = Scorer(density, steps, outputs, table.features, seed, draws, reference)
     rows, layout = count_rows(table, ranks), scorer.layout(table.keys)
     batch = batch_rows or default_batch(density, table.features, "gradient" in scorer.outputs)
 
-    def run(spans: Sequence[Span], sink: Sink, piece: int, batch: int, before: int) -> None:
+    def run(spans: Sequence[Span], sink: Sink, piece: int, batch: int, before: int | None) -> None:
         def told(done: int, size: int) -> None:
-            if progress is not None:
+            if progress is not None and before is not None:
                 progress(before + done, rows, size)
 
         with evaluating(density):
@@ -160,6 +163,7 @@ def score(
     if path is None:
         arrays = ArraySink(layout)
         run([(0, rows)], arrays, batch if rows is None else max(1, min(batch, rows)), batch, 0)
+        _check_unchanged(table)
         seconds = time.perf_counter() - began
         bad_rows = tuple(arrays.bad_rows)
         return Scores(arrays.rows, arrays.bad, bad_rows, seconds, arrays.values, None)
@@ -183,15 +187,14 @@ def score(
     if batch_rows is not None:
         identity["batch_rows"] = batch_rows
     job = Job(path, identity, layout, rows, chunk_rows, strict, ranks, place)
-    entries = job.carry_out(
+    total = job.carry_out(
         lambda work: run(work.spans, work.sink, work.piece, work.batch, work.done),
         resume,
         overwrite,
         batch,
+        lambda: _check_unchanged(table),
     )
-    listed = [row for entry in entries for row in entry.bad_rows][:LISTED]
-    rows, bad = sum(e.rows for e in entries), sum(e.bad for e in entries)
-    return Scores(rows, bad, tuple(listed), time.perf_counter() - began, {}, path)
+    return Scores(*total, time.perf_counter() - began, {}, path)
 
 
 def _check(
@@ -215,7 +218,9 @@ def _check(
         raise ValueError("keys are for .parquet and .csv: a .npy file holds numbers alone")
 
 
-def _table(source: Any, columns: Any, keys: Any, shape: tuple[int, ...] | None) -> Any:
+def _table(
+    source: Any, columns: Any, keys: Any, header: Header, shape: tuple[int, ...] | None
+) -> Any:
     if hasattr(source, "blocks") and hasattr(source, "fingerprint"):  # a table already
         wanted = source.features if shape is None else math.prod(shape)
         if source.features != wanted:
@@ -225,7 +230,13 @@ def _table(source: Any, columns: Any, keys: Any, shape: tuple[int, ...] | None) 
         return source
     from .tables import open_table
 
-    return open_table(source, columns=columns, keys=keys, event_shape=shape)
+    return open_table(source, columns, keys, shape, header)
+
+
+def _check_unchanged(table: Any) -> None:
+    """ValueError where the source is not what it was when the job began."""
+    if hasattr(table, "check_unchanged"):
+        table.check_unchanged()
 
 
 def _plain(columns: Any) -> list[str | int] | None:

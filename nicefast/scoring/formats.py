@@ -47,11 +47,23 @@ class NpySink(FileSink):
             self.file.seek(0)
             write_all(self.file, self._header(rows))
 
+    def can_hold(self, entry: Entry) -> bool:
+        offset = self._start + entry.chunk * self.chunk_rows * self._row
+        return (entry.file, entry.offset, entry.length) == (
+            self.path.name,
+            offset,
+            entry.rows * self._row,
+        )
+
     def _store(self, piece: Piece) -> None:
         dtype, shape = self.layout.array
         columns = [v.reshape(piece.rows, -1) for v in piece.values.values()]
         block = np.ascontiguousarray(np.concatenate(columns, 1) if shape else columns[0], dtype)
         self._write(block.data.cast("B"), self._start + piece.start * self._row)
+
+    def decode(self, data: bytes) -> tuple[list[Any], np.ndarray]:
+        dtype, shape = self.layout.array
+        return [], np.frombuffer(data, dtype).reshape(-1, *(shape or (1,)))
 
     def assemble(self, entries: Iterable[Entry], rows: int) -> Path:
         header = self._header(rows)
@@ -96,6 +108,12 @@ class CsvSink(FileSink):
             keys = _quoted(zip(*(_plain(key[part]) for key in piece.keys.values()), strict=True))
             lines = [f"{own},{line}" for own, line in zip(keys, lines, strict=True)]
         return "\n".join(lines) + "\n"
+
+    def decode(self, data: bytes) -> tuple[list[Any], np.ndarray]:
+        lines, keys = list(csv.reader(io.StringIO(data.decode(), newline=""))), self.layout.keys
+        columns = list(zip(*lines, strict=True))
+        values = np.array(columns[len(keys) :], np.float64).T
+        return columns[: len(keys)], values
 
     def assemble(self, entries: Iterable[Entry], rows: int) -> Path:
         header, entries = self._header(), list(entries)
@@ -156,6 +174,15 @@ class ParquetSink(FileSink):
         with pa.ipc.new_stream(data, schema) as stream:
             stream.write_table(pa.table(columns, schema=schema).combine_chunks())
         self._write(data.getbuffer(), self.end)
+
+    def decode(self, data: bytes) -> tuple[list[Any], np.ndarray]:
+        table = import_pyarrow().ipc.open_stream(data).read_all()
+        values = []
+        for name, (_, width) in self.layout.outputs.items():
+            column = table[name].combine_chunks()
+            flat = column if width is None else column.flatten()
+            values.append(flat.to_numpy(zero_copy_only=False).reshape(-1, width or 1))
+        return [table[name].to_pylist() for name in self.layout.keys], np.concatenate(values, 1)
 
     def assemble(self, entries: Iterable[Entry], rows: int) -> Path:
         pa = import_pyarrow()

@@ -13,21 +13,22 @@ import torch
 from .._version import __version__
 from ..ranks import Ranks
 from .formats import SINKS, import_pyarrow
-from .journal import FORMAT, Entry, Folder, Journal, Kept, read
+from .journal import FORMAT, Entry, Folder, Journal, Kept, Total, blocks, chunk_of, read
 from .sinks import FileSink, Layout
 
 Span = tuple[int, int | None]
+TOLERANCE = 1e-4  # relative and absolute, of a chunk that another processor scores again
 
 
 class Work(NamedTuple):
     """What one rank is to do: spans of rows into ``sink``, in pieces and batches; ``done`` rows
-    are done."""
+    are done (None: nobody is told of progress)."""
 
     spans: list[Span]
     sink: FileSink
     piece: int
     batch: int
-    done: int
+    done: int | None
 
 
 class Job(NamedTuple):
@@ -53,15 +54,25 @@ class Job(NamedTuple):
     device: torch.device
 
     def carry_out(
-        self, work: Callable[[Work], object], resume: bool, overwrite: bool, batch: int
-    ) -> list[Entry]:
-        """Chunk by chunk by ``work``, then assemble; what is known of each chunk, in order.
+        self,
+        work: Callable[[Work], object],
+        resume: bool,
+        overwrite: bool,
+        batch: int,
+        check: Callable[[], None],
+    ) -> Total:
+        """Chunk by chunk by ``work``, then assemble; what is known of all rows.
 
-        ``batch`` is the number of rows computed together where the identity does not give it.
+        Of a job that is resumed, the last finished chunk is scored again and compared: bit for bit
+        where the same processor did it in the same batches, else to :data:`TOLERANCE`.
+
+        ``batch`` is the number of rows computed together where the identity does not give it;
+        ``check`` raises where the source is another than at first, and is asked before the file
+        gets its name.
 
         Raises ValueError as :meth:`nicefast.scoring.journal.Folder.claim`, where there is nothing
-        by which a job to resume could be recognised, and what ``work`` raises; RuntimeError where
-        another rank has failed.
+        by which a job to resume could be recognised, where a finished chunk comes out otherwise
+        now, and what ``work`` raises; RuntimeError where another rank has failed.
         """
         why_not = _unrecognised(self.identity)
         if resume and why_not:
@@ -76,7 +87,9 @@ class Job(NamedTuple):
                 folder.share()
                 kept = read(folder.path)
             if kept.assembled is None:
-                kept = self._finish_chunks(folder, kept, work)
+                total = self._finish_chunks(folder, kept, work, check)
+            else:
+                total = kept.assembled.total
             with together(self.ranks, self.device):
                 if chief:
                     folder.remove()
@@ -91,13 +104,19 @@ class Job(NamedTuple):
             raise
         finally:
             folder.release()
-        return _ordered(kept)
+        return total
 
-    def _finish_chunks(self, folder: Folder, kept: Kept, work: Callable[[Work], object]) -> Kept:
+    def _finish_chunks(
+        self,
+        folder: Folder,
+        kept: Kept,
+        work: Callable[[Work], object],
+        check: Callable[[], None],
+    ) -> Total:
         identity = kept.identity or {}
-        batch = int(identity["batch_rows"])
+        batch, chunk = int(identity["batch_rows"]), chunk_of(identity)
         piece = min(batch, self.chunk_rows)
-        chunk = self.chunk_rows // piece * piece
+        assert chunk is not None  # for both numbers are in every job's identity
         journal: Journal | None = None
         sink: FileSink | None = None
         try:
@@ -109,6 +128,10 @@ class Job(NamedTuple):
                 sink = SINKS[self.path.suffix](
                     folder.path, journal, rank, self.layout, chunk, self.rows
                 )
+                kept = self._held(kept, sink, chunk)
+                if rank == 0:
+                    self._compare(folder, kept, work, piece, chunk)
+            with together(self.ranks, self.device):
                 # where memory was short before, it need not be found out again
                 batch = min([batch, *(e.batch for e in _ordered(kept)[-1:])])
                 spans = todo(kept, self.rows, chunk, self.ranks)
@@ -118,13 +141,78 @@ class Job(NamedTuple):
                 if self.ranks.rank == 0:
                     entries = _ordered(kept)
                     count = _counted(entries, self.rows, chunk)
-                    folder.finish(journal, sink.assemble(entries, count))
+                    assembled = sink.assemble(entries, count)
+                    check()
+                    folder.finish(journal, assembled, Total.of(entries))
         finally:
             if sink is not None:
                 sink.close()
             if journal is not None:
                 journal.close()
-        return kept
+        return Total.of(_ordered(kept))
+
+    def _compare(
+        self,
+        folder: Folder,
+        kept: Kept,
+        work: Callable[[Work], object],
+        piece: int,
+        chunk: int,
+    ) -> None:
+        """Score the last finished chunk again; ValueError where it comes out otherwise.
+
+        What a digest of the model does not see, such as the attribute of a wrapper, is seen here.
+        """
+        if not kept.entries:
+            return
+        entries = _ordered(kept)
+        old = next((e for e in reversed(entries) if e.bad < e.rows), entries[-1])
+        first = old.chunk * chunk
+        with folder.aside() as place:
+            sink = SINKS[self.path.suffix](place, None, 0, self.layout, chunk, self.rows)
+            try:
+                span = (first, first + old.rows)
+                work(Work([span], sink, piece, old.batch, None))
+                (new,) = sink.uncommitted
+                before, now = (
+                    b"".join(blocks(where / entry.file, entry))
+                    for where, entry in ((folder.path, old), (place, new))
+                )
+            finally:
+                sink.close()
+        if before == now:
+            return
+        batch = int((kept.identity or {})["batch_rows"])
+        exactly = (
+            self.device.type == "cpu"
+            and old.processor == new.processor
+            and old.batch == new.batch == batch
+        )
+        tolerance = 0.0 if exactly else TOLERANCE
+        (old_keys, a), (new_keys, b) = sink.decode(before), sink.decode(now)
+        if a.shape != b.shape or old_keys != new_keys:
+            raise ValueError(
+                f"resume: rows {first} to {first + old.rows - 1} have other keys than before the "
+                f"interruption: the data are not the same; overwrite to score all rows again"
+            )
+        near = np.isclose(a, b, tolerance, tolerance, equal_nan=True)
+        if not near.all():
+            row, column = np.argwhere(~near)[0]
+            raise ValueError(
+                f"resume: row {first + row} comes out otherwise: {a[row, column]:.9g} before the "
+                f"interruption, {b[row, column]:.9g} now, expected the same "
+                f"{'bits' if exactly else f'to {TOLERANCE:g}'}: the model or the data are not the "
+                f"same; overwrite to score all rows again"
+            )
+
+    def _held(self, kept: Kept, sink: FileSink, chunk: int) -> Kept:
+        """Without chunks that this table and this kind of file cannot have."""
+
+        def can_be(entry: Entry) -> bool:
+            left = chunk if self.rows is None else min(self.rows - entry.chunk * chunk, chunk)
+            return (self.rows is None or entry.rows == left) and sink.can_hold(entry)
+
+        return kept._replace(entries={i: e for i, e in kept.entries.items() if can_be(e)})
 
 
 @contextmanager

@@ -3,32 +3,43 @@
 ``OUT.unfinished/`` holds the chunks' data and ``journal.jsonl``: first the identity of the job,
 then one line for each chunk, written only when its data are on the disk, at last a line for the
 assembled file. Other ranks keep a ``journal.RANK.jsonl`` of their own; resuming gathers them all.
+
+Every line ends with a checksum of its own content and of the identity. A line whose checksum or
+whose fields are wrong counts as missing, and its chunk is scored again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-FORMAT = "nicefast.scores/1"
+FORMAT = "nicefast.scores/2"
+WITHOUT_CHECKSUMS = "nicefast.scores/1"  # the format of nicefast 0.1.0
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
+ASIDE = "again"
 LISTED = 20  # bad rows that are kept by number
-_OURS = re.compile(r"journal(\.\d+)?\.jsonl(\.partial)?|data(\.\d+)?\.\w+|assembled\.\w+|lock")
+_DATA = re.compile(r"data(\.\d+)?\.(npy|csv|arrow)")
+_ASSEMBLED = re.compile(r"data\.npy|data\.0\.csv|assembled\.(csv|parquet)")
+_OURS = re.compile(
+    rf"journal(\.\d+)?\.jsonl(\.partial)?|data(\.\d+)?\.\w+|assembled\.\w+|{LOCK}|{ASIDE}"
+)
 _BLOCK = 1 << 22
 
 
 class Entry(NamedTuple):
     """A finished chunk: which rows were bad, and where its bytes are.
 
-    ``batch`` is the number of rows that were computed together when it ended.
+    ``batch`` is the number of rows that were computed together when it ended, ``processor`` what
+    they were computed by.
     """
 
     chunk: int
@@ -40,14 +51,37 @@ class Entry(NamedTuple):
     offset: int
     length: int
     crc: int
+    processor: str = ""
+
+
+class Total(NamedTuple):
+    """What a finished job says: its rows, how many of them are bad, and the first of these."""
+
+    rows: int
+    bad: int
+    bad_rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Total:
+        """Of all chunks, in order."""
+        listed = [row for entry in entries for row in entry.bad_rows][:LISTED]
+        return cls(sum(e.rows for e in entries), sum(e.bad for e in entries), tuple(listed))
+
+
+class Assembled(NamedTuple):
+    """The complete file: its name in the folder, its size in bytes, and what it says."""
+
+    file: str
+    length: int
+    total: Total
 
 
 class Kept(NamedTuple):
-    """What a folder's journals say; ``assembled`` is the complete file's name and size."""
+    """What a folder's journals say."""
 
     identity: dict[str, Any] | None
     entries: dict[int, Entry]
-    assembled: tuple[str, int] | None
+    assembled: Assembled | None
 
 
 class Journal:
@@ -55,6 +89,7 @@ class Journal:
 
     def __init__(self, folder: Path, rank: int, identity: Mapping[str, Any]) -> None:
         path = folder / (JOURNAL if rank == 0 else f"journal.{rank}.jsonl")
+        self._identity = identity
         self.file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         if not path.stat().st_size:
             self.append([{"identity": identity}])
@@ -62,7 +97,7 @@ class Journal:
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add lines and wait until they are on the disk."""
-        write_all(self.file, b"".join(_line(line) for line in lines))
+        write_all(self.file, b"".join(_lines(self._identity, lines)))
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -143,8 +178,8 @@ class Folder:
         if kept.identity is not None:
             before = {k: kept.identity[k] for k in defaults or {} if k in kept.identity}
             identity = _agreed(kept.identity, {**identity, **before, **given})
-            if kept.assembled is not None and not (self.path / kept.assembled[0]).is_file():
-                if self.out.is_file() and self.out.stat().st_size == kept.assembled[1]:
+            if kept.assembled is not None and not (self.path / kept.assembled.file).is_file():
+                if self.out.is_file() and self.out.stat().st_size == kept.assembled.length:
                     return kept  # it was given its name just before the interruption
                 kept = kept._replace(assembled=None)
         if self.out.exists() and not overwrite:
@@ -152,10 +187,10 @@ class Folder:
         self._claimed = True
         return self._settle(kept._replace(identity=dict(identity)))
 
-    def finish(self, journal: Journal, assembled: Path) -> None:
+    def finish(self, journal: Journal, assembled: Path, total: Total) -> None:
         """Give the complete file ``assembled`` the name ``out``."""
         size = assembled.stat().st_size
-        journal.append([{"assembled": assembled.name, "length": size}])
+        journal.append([{"assembled": assembled.name, "length": size, **total._asdict()}])
         os.replace(assembled, self.out)
         sync_folder(self.out.parent)
 
@@ -165,6 +200,17 @@ class Folder:
         os.replace(self.path, self._old)
         self.release()
         shutil.rmtree(self._old, ignore_errors=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[Path]:
+        """A folder in the folder, for what is not kept."""
+        place = self.path / ASIDE
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the folder if it was claimed: what it holds is of no use."""
@@ -205,7 +251,7 @@ class Folder:
         lines += [e._asdict() for _, e in sorted(entries.items())]
         partial = self.path / f"{JOURNAL}.partial"
         with open(partial, "wb") as file:
-            file.writelines(map(_line, lines))
+            file.writelines(_lines(kept.identity or {}, lines))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path / JOURNAL)
@@ -220,25 +266,108 @@ class Folder:
 
 
 def read(folder: Path) -> Kept:
-    """What the journals in ``folder`` say, each up to its first line that is torn."""
-    identity, assembled = None, None
+    """What the lines of the journals in ``folder`` say whose checksums and fields are right.
+
+    ValueError for the journal of nicefast 0.1.0, whose lines have no checksums.
+    """
+    path = folder / JOURNAL
+    identity = _identity_of(path) if path.is_file() else None
+    if identity is None:
+        return Kept(None, {}, None)
+    assembled: Assembled | None = None
     entries: dict[int, Entry] = {}
     for path in sorted(folder.glob("journal*.jsonl")):
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                found = json.loads(line) if line.endswith(b"\n") else None
-                if not isinstance(found, dict):
-                    break
-                if "identity" in found:
-                    identity = found["identity"] if path.name == JOURNAL else identity
-                elif "assembled" in found:
-                    assembled = (str(found["assembled"]), int(found["length"]))
-                else:
-                    entry = Entry(**{**found, "bad_rows": tuple(found["bad_rows"])})
-                    entries[entry.chunk] = entry
-            except (ValueError, TypeError, KeyError):
-                break
-    return Kept(identity, entries, assembled) if identity is not None else Kept(None, {}, None)
+        for line in path.read_bytes().split(b"\n"):
+            found = _checked(line, identity)
+            if found is None or "identity" in found:
+                continue
+            if "assembled" in found:
+                assembled = _assembled(found) or assembled
+            elif (entry := _entry(found, identity)) is not None:
+                entries[entry.chunk] = entry
+    return Kept(identity, entries, assembled)
+
+
+def _identity_of(path: Path) -> dict[str, Any] | None:
+    """What the journal's first line says; None where it is damaged, and all is to be done again."""
+    with path.open("rb") as file:
+        line = file.readline()
+    content = _parsed(line)
+    identity = content.get("identity")
+    if not isinstance(identity, dict):
+        return None
+    said = identity.get("versions")
+    if isinstance(said, dict) and said.get("format") == WITHOUT_CHECKSUMS:
+        raise ValueError(
+            f"{path.parent} was begun by nicefast 0.1.0, whose journal has no checksums: finish it "
+            f"with that version, or overwrite to score all rows again"
+        )
+    if not line.endswith(b"\n") or _checked(line[:-1], identity) is None:
+        return None
+    return identity if _is_count(identity.get("batch_rows", 1), 1) else None
+
+
+def _entry(found: Mapping[str, Any], identity: Mapping[str, Any]) -> Entry | None:
+    """A line as an entry, None unless every field is what it can be."""
+    if set(found) != set(Entry._fields):
+        return None
+    others = ("bad_rows", "file", "processor")
+    counts = [found[name] for name in Entry._fields if name not in others]
+    if not all(_is_count(count) for count in counts) or not _is_total(found):
+        return None
+    entry = Entry(**{**found, "bad_rows": tuple(found["bad_rows"])})
+    batch = identity.get("batch_rows", entry.batch)
+    chunk = chunk_of(identity) or entry.rows
+    first = entry.chunk * chunk
+    right = (
+        1 <= entry.rows <= chunk
+        and 1 <= entry.batch <= batch
+        and entry.length > 0
+        and entry.crc < 1 << 32
+        and isinstance(entry.processor, str)
+        and isinstance(entry.file, str)
+        and _DATA.fullmatch(entry.file) is not None
+        and all(first <= row < first + entry.rows for row in entry.bad_rows)
+    )
+    return entry if right else None
+
+
+def _assembled(found: Mapping[str, Any]) -> Assembled | None:
+    if set(found) != {"assembled", "length", *Total._fields}:
+        return None
+    name, length = found["assembled"], found["length"]
+    if not isinstance(name, str) or not _ASSEMBLED.fullmatch(name):
+        return None
+    if not _is_count(length) or not _is_total(found):
+        return None
+    return Assembled(name, length, Total(found["rows"], found["bad"], tuple(found["bad_rows"])))
+
+
+def _is_total(found: Mapping[str, Any]) -> bool:
+    """Whether rows, bad and bad_rows go together."""
+    rows, bad, listed = found["rows"], found["bad"], found["bad_rows"]
+    return (
+        _is_count(rows)
+        and _is_count(bad)
+        and bad <= rows
+        and isinstance(listed, list)
+        and len(listed) == min(bad, LISTED)
+        and all(map(_is_count, listed))
+        and listed == sorted(set(listed))
+    )
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 63
+
+
+def chunk_of(identity: Mapping[str, Any]) -> int | None:
+    """Rows of a chunk: whole batches; None where the identity does not say it."""
+    batch, chunk = identity.get("batch_rows", 0), identity.get("chunk_rows", 0)
+    if not (_is_count(batch, 1) and _is_count(chunk, 1)):
+        return None
+    piece = int(min(batch, chunk))
+    return int(chunk) // piece * piece
 
 
 def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
@@ -268,8 +397,33 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _line(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+def _lines(identity: Mapping[str, Any], contents: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """Contents as lines of a journal, each under a checksum of itself and of the identity."""
+    whose = _encoded(identity)
+    for content in contents:
+        digest = hashlib.blake2b(whose + b"\n" + _encoded(content), digest_size=8).hexdigest()
+        yield _encoded({**content, "sum": digest}) + b"\n"
+
+
+def _checked(line: bytes, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of a line without its end, None unless it is what :func:`_lines` writes."""
+    content = _parsed(line)
+    content.pop("sum", None)
+    if not content or next(_lines(identity, [content])) != line + b"\n":
+        return None
+    return content
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
 
 
 def _is_whole(path: Path, entry: Entry) -> bool:

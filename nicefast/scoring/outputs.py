@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_type
+from ..checks import check_count, check_type, filled
 from ..devices import dtype_of
 from ..evaluation import Density
 from ..preprocessing import Preprocessing
@@ -214,7 +214,7 @@ def _checked(outputs: Sequence[str]) -> tuple[str, ...]:
 
 
 def _reference(reference: Any) -> np.ndarray:
-    """Sorted, float64, without NaN, which are bad rows."""
+    """Sorted, float64, without NaN and what is masked, which are bad rows."""
     if reference is None:
         raise ValueError("output 'percentile' needs a reference: log_prob of a reference set")
     name = "reference"
@@ -227,7 +227,7 @@ def _reference(reference: Any) -> np.ndarray:
             raise ValueError(f"{name} is not a readable .npy file: {problem}") from None
     if isinstance(reference, Tensor):
         reference = reference.detach().cpu().numpy()
-    values = np.asarray(reference)
+    values = np.asarray(filled(reference))
     if values.ndim != 1 or values.dtype.kind not in "fiu":
         raise ValueError(f"{name} must be numbers of shape (N,), got {values.dtype} {values.shape}")
     values = values[~np.isnan(values)].astype(np.float64)

@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from ..devices import processor
 from .journal import LISTED, Entry, Journal, blocks, write_all
 
 COMMIT_SECONDS = 0.2  # finished chunks wait that long for others, to share a wait for the disk
@@ -102,7 +103,7 @@ class FileSink:
 
     Args:
         folder: of the unfinished score.
-        journal: this rank's; None to assemble only.
+        journal: this rank's; None for chunks that are to be looked at, and not kept.
         rows: of the whole table, None where that is not known yet.
     """
 
@@ -157,12 +158,17 @@ class FileSink:
         self._finished.append(
             Entry(
                 self._chunk, self._rows, self._bad, tuple(self._bad_rows), self._batch,
-                self.path.name, offset, self._length, self._crc,
+                self.path.name, offset, self._length, self._crc, processor(),
             )
         )  # fmt: skip
         self._new_chunk()
         if time.monotonic() - self._last > COMMIT_SECONDS:
             self.commit()
+
+    @property
+    def uncommitted(self) -> Sequence[Entry]:
+        """Finished chunks that are not in the journal."""
+        return self._finished
 
     def commit(self) -> None:
         """Wait until finished chunks are on the disk, and put them into the journal."""
@@ -178,6 +184,14 @@ class FileSink:
 
     def assemble(self, entries: Iterable[Entry], rows: int) -> Path:
         """The complete file of all chunks, in order, on the disk; ValueError for damaged ones."""
+        raise NotImplementedError
+
+    def can_hold(self, entry: Entry) -> bool:
+        """Whether a chunk of so many rows can be where the journal says."""
+        return entry.file.endswith(self.kind)
+
+    def decode(self, data: bytes) -> tuple[list[Any], np.ndarray]:
+        """A chunk's keys, column by column, and its results (rows, C) out of its bytes."""
         raise NotImplementedError
 
     def _name(self, rank: int) -> str:

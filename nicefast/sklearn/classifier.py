@@ -12,7 +12,16 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..checks import check_choice, is_number
-from .columns import Array, constant_columns, labels, noise_spacings, refuse_constant, with_noise
+from .columns import (
+    Array,
+    constant_columns,
+    labels,
+    noise_spacings,
+    refuse_constant,
+    refuse_masked,
+    unmasked,
+    with_noise,
+)
 from .density import SEEDS
 from .fitted import (
     FittedFlow,
@@ -122,8 +131,9 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         if not is_number(self.reg) or not 0 <= self.reg < np.inf:
             raise ValueError(f"reg must be non-negative and finite, got {self.reg!r}")
         least = 2 if self.density == "nice" else 1
+        refuse_masked("y", y)
         rows, y = validate_data(
-            self, X, y, dtype=np.float64, ensure_min_samples=2, ensure_min_features=least
+            self, unmasked(X), y, dtype=np.float64, ensure_min_samples=2, ensure_min_features=least
         )
         check_classification_targets(y)
         classes, of_class = np.unique(y, return_inverse=True)
@@ -182,7 +192,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     def predict_joint_log_proba(self, X: Any) -> Array:
         """``log p(x | class) + log p(class)`` in nats on X's own scale: (N, classes), float64."""
         check_is_fitted(self)
-        rows = validate_data(self, X, dtype=np.float64, reset=False)[:, self._kept]
+        rows = validate_data(self, unmasked(X), dtype=np.float64, reset=False)[:, self._kept]
 
         def every(noised: Array) -> Array:
             return np.stack([density.log_prob(noised) for density in self._densities], 1)
@@ -209,6 +219,12 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         found: Array = self.classes_[best]
         return found
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of rows whose class is predicted; ValueError for masked labels or weights."""
+        refuse_masked("y", y)
+        refuse_masked("sample_weight", sample_weight)
+        return float(super().score(X, y, sample_weight))
+
     def decision_function(self, X: Any) -> Array:
         """:meth:`predict_joint_log_proba`; for two classes, the second's less the first's: (N,)."""
         joint = self.predict_joint_log_proba(X)
@@ -217,6 +233,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     def _class_prior(self, counts: Array) -> Array:
         if self.priors is None:
             return counts / counts.sum()
+        refuse_masked("priors", self.priors)
         try:
             priors = np.asarray(self.priors, dtype=np.float64)
         except (TypeError, ValueError):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checks import filled
 from ..preprocessing import Dequantise, Preprocessing, Standardise
 from ..spacing import column_spacings, on_grid
 
@@ -37,6 +38,22 @@ def standardising(rows: Array, spacing: Array) -> Preprocessing:
     variance = rows.var(0) + NOISE_VARIANCE * spacing**2
     step = Standardise(torch.from_numpy(mean), torch.from_numpy(np.sqrt(variance)))
     return Preprocessing((*dequantising(spacing).steps, step))
+
+
+def unmasked(rows: Any) -> Any:
+    """X with NaN where it is masked, which scikit-learn's validation refuses as missing values.
+
+    NumPy would take what lies under the mask for values, also in a list of masked rows.
+    """
+    if isinstance(rows, list | tuple) and any(isinstance(r, np.ma.MaskedArray) for r in rows):
+        rows = np.ma.stack(rows)
+    return filled(rows)
+
+
+def refuse_masked(name: str, values: Any) -> None:
+    """ValueError where a value is masked."""
+    if np.ma.is_masked(values):
+        raise ValueError(f"Input {name} has masked values: expected all of them")
 
 
 def noise_spacings(rows: Array, dequantise: str | bool, label: Callable[[int], str]) -> Array:

@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ..checks import check_count
 from ..flow import NICE
 from ..preprocessing import Preprocessing
-from .columns import Array, constant_columns, labels, noise_spacings, refuse_constant
+from .columns import Array, constant_columns, labels, noise_spacings, refuse_constant, unmasked
 from .fitted import FittedFlow, fit_flow, mean_log_prob, spacings_of
 
 SEEDS = 2**31 - 1
@@ -131,7 +131,9 @@ class NICEDensity(DensityMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any = None) -> NICEDensity:
         """Fit to the rows of X (N, D), array or data frame; ``y`` is not looked at."""
-        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_min_features=2)
+        rows = validate_data(
+            self, unmasked(X), dtype=np.float64, ensure_min_samples=2, ensure_min_features=2
+        )
         label = labels(getattr(self, "feature_names_in_", None))
         constant = constant_columns(rows)
         if not self.drop_constant:
@@ -158,7 +160,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
     def score_samples(self, X: Any) -> Array:
         """Log-density of each row of X, in nats on X's own scale: (N,), float64."""
         check_is_fitted(self)
-        rows = validate_data(self, X, dtype=np.float64, reset=False)[:, self._kept]
+        rows = validate_data(self, unmasked(X), dtype=np.float64, reset=False)[:, self._kept]
         spacing = np.array(self._flow.columns.spacing or np.zeros(rows.shape[1]))
         return mean_log_prob(self._flow.log_prob, rows, spacing, self.noise_draws)
 

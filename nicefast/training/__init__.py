@@ -10,7 +10,8 @@ snapshots       what an interrupted fit goes on from
 
 from .beginnings import init_scaling, initialise
 from .configuration import Configuration
-from .fitting import Epoch, History, fit
+from .epochs import Epoch
+from .fitting import History, fit
 from .presets import PRESETS, Preset
 from .recipe import Recipe
 

@@ -29,6 +29,7 @@ class Configuration:
         seed: of initial weights, shuffling, dropout and all noise.
         noise_draws: for each held-out row.
         device: where to train.
+        header: whether the first line of a ``.csv`` is one: "auto", "yes" or "no".
 
     >>> config = Configuration.of_preset("digits").changed({"seed": 3, "recipe.lr": 1e-3})
     >>> config.seed, config.recipe.lr
@@ -43,6 +44,7 @@ class Configuration:
     seed: int = 0
     noise_draws: int = 16
     device: str = "cpu"
+    header: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, str) or not self.data:

@@ -311,7 +311,9 @@ class _Fit:
         for rows in self._splits():
             found.update(repr((str(rows.dtype), tuple(rows.shape))).encode())
             for piece in rows.split(1 << 16):
-                found.update(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                found.update(
+                    memoryview(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                )
         return found.hexdigest()
 
     def _splits(self) -> Iterator[Tensor]:

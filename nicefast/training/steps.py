@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from .. import captures
 from ..evaluation import density
 from ..flow import NICE
-from ..fused import versions
 from ..ranks import Ranks
 
 WARM_UP = 3  # real steps before the capture: kernels are compiled, the optimiser's state is made
@@ -84,13 +83,11 @@ class Step:
         replay, given = self._graph
         given.copy_(x)
         replay()
-        versions.count_step()
 
     def _capture(self, x: Tensor, rows: int) -> tuple[Callable[[], None], Tensor]:
         given = x.clone()
         self.optimiser.zero_grad(set_to_none=True)
-        with versions.counting_replays():
-            replay, _ = captures.capture(lambda: self._take(given, rows), self.device)
+        replay, _ = captures.capture(lambda: self._take(given, rows), self.device)
         return replay, given
 
     def _take(self, x: Tensor, rows: int) -> None:

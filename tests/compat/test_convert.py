@@ -572,3 +572,216 @@ def test_what_cannot_be_converted_says_where_and_why():
         convert(flow, "normal")
     with pytest.raises(ValueError, match="feature 0 is moved by a constant"):
         convert(stir(nfl.NormalizingFlow(flow.q0, [flow.flows[0]])))
+
+
+# --- contexts that conditioners do not show
+
+
+class Optional(nn.Module):
+    """Works without a context, and gives another shift with one."""
+
+    def __init__(self, i, o, k=3):
+        super().__init__()
+        self.first, self.second = nn.Linear(i, o), nn.Linear(k, o)
+
+    def forward(self, x, context=None):
+        shift = torch.tanh(self.first(x))
+        return shift if context is None else shift + self.second(context)
+
+
+class Required(Optional):
+    def forward(self, x, context):
+        return self.first(x) + self.second(context)
+
+
+class Unmoved(Optional):
+    def forward(self, x, context=None):
+        return torch.tanh(self.first(x))
+
+
+def nflows_of(*nets):
+    from nflows import distributions, transforms
+    from nflows.flows import Flow
+
+    mask, torch_seed = torch.tensor([1, -1, 1, -1]), torch.manual_seed(0)
+    assert torch_seed is not None
+    parts = [
+        transforms.AdditiveCouplingTransform(mask * (-1) ** i, net) for i, net in enumerate(nets)
+    ]
+    flow = Flow(transforms.CompositeTransform(parts), distributions.StandardNormal((4,)))
+    flow = stir(flow).double().eval()
+    flow._distribution._log_z = flow._distribution._log_z.double()
+    return flow
+
+
+@pytest.mark.parametrize("own", [Optional, Required, Unmoved])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_every_conditioner_gets_the_context_beside_one_that_shows_it(own, accelerated):
+    pytest.importorskip("nflows")
+    from nflows.nn.nets import ResidualNet
+
+    known = lambda i, o: ResidualNet(i, o, 5, context_features=3, num_blocks=1)  # noqa: E731
+    flow = nflows_of(known, own, lambda i, o: nf.MLP(i, (4,), o, context=3), own)
+    x, c = rows(4, torch.float64), rows(3, torch.float64)
+    expected = flow.log_prob(x, c)
+    if accelerated:
+        nf.accelerate(flow)
+    converted = convert(flow)
+    assert converted.context == 3
+    same(converted, x, expected, c)
+    with pytest.raises(ValueError, match="context=2"):
+        convert(flow, context=2)
+
+
+def test_a_context_that_no_conditioner_shows_has_to_be_given():
+    pytest.importorskip("nflows")
+    x, c = rows(4, torch.float64), rows(3, torch.float64)
+    for own in (Optional, Required):
+        flow = nflows_of(own, Unmoved)
+        with pytest.raises(ValueError, match=rf"a {own.__name__}, takes a context .* context="):
+            convert(flow)
+        same(convert(flow, context=3), x, flow.log_prob(x, c), c)
+    flow = nflows_of(Optional, Unmoved)
+    same(convert(flow, context=0), x, flow.log_prob(x))
+    flow = nflows_of(Unmoved, Unmoved)
+    same(convert(flow), x, flow.log_prob(x))
+    with pytest.raises(ValueError, match="context must be an integer >= 0, got -1"):
+        convert(flow, context=-1)
+    with pytest.raises(TypeError, match="integer"):
+        convert(flow, context="3")
+
+
+def test_looking_for_a_context_leaves_no_trace():
+    pytest.importorskip("nflows")
+
+    class Noisy(Unmoved):
+        def __init__(self, i, o):
+            super().__init__(i, o)
+            self.norm = nn.BatchNorm1d(o)
+
+        def forward(self, x, context=None):
+            torch.rand(3)
+            return self.norm(super().forward(x))
+
+    flow = nflows_of(Noisy, Noisy).train()
+    state, kept = torch.get_rng_state(), copy.deepcopy(flow.state_dict())
+    convert(flow)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(kept[name], t) for name, t in flow.state_dict().items())
+
+
+def test_couplings_that_the_library_could_not_call_with_one_context_are_refused():
+    pytest.importorskip("nflows")
+    from nflows import distributions, transforms
+    from nflows.flows import Flow
+    from nflows.nn.nets import ConvResidualNet, ResidualNet
+
+    nets = [lambda i, o, k=k: ResidualNet(i, o, 5, context_features=k) for k in (3, None)]
+    with pytest.raises(ValueError, match=r"contexts of \[0, 3\] features"):
+        convert(nflows_of(*nets))
+    coupling = transforms.AdditiveCouplingTransform(
+        [1, 0], lambda i, o: ConvResidualNet(i, o, 4, context_channels=2)
+    )
+    with pytest.raises(ValueError, match="has a context of images"):
+        convert(Flow(coupling, distributions.StandardNormal((2, 3, 3))))
+
+
+@pytest.mark.parametrize("peer", ["nflows", "zuko", "FrEIA"])
+def test_native_couplings_hand_the_context_to_conditioners_of_any_kind(peer):
+    pytest.importorskip(peer)
+    import importlib
+
+    module = importlib.import_module(f"nicefast.compat.{peer.lower()}")
+    torch.manual_seed(0)
+    p = nf.Partition.alternating(4)
+    nets = [nf.MLP(2, (5,), 2, context=3), Optional(2, 2), Optional(2, 2)]
+    x, c = rows(4, torch.float64), rows(3, torch.float64)
+    if peer == "FrEIA":
+        from FrEIA.framework import SequenceINN
+
+        flow = SequenceINN(4)
+        for i, net in enumerate(nets):
+            cond = {"cond": 0, "cond_shape": (3,)} if i < 2 else {}  # the last one gets none
+            flow.append(module.AdditiveCoupling, partition=p, conditioner=net, **cond)
+            p = ~p
+        flow = stir(flow).double()
+        expected = freia_log_prob(flow, x, "logistic", c)
+        same(convert(flow, "logistic"), x, expected, c)
+        return
+    parts = [module.AdditiveCoupling(q, net) for q, net in zip((p, ~p, p), nets, strict=True)]
+    if peer == "nflows":
+        from nflows.flows import Flow
+        from nflows.transforms import CompositeTransform
+
+        flow = stir(Flow(CompositeTransform(parts), module.Logistic((4,)))).double()
+        expected = flow.log_prob(x, c)
+    else:
+        from zuko.lazy import Flow
+
+        flow = stir(Flow(parts, module.Logistic(4))).double()
+        expected = flow(c).log_prob(x)
+    same(convert(flow), x, expected, c)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_zuko_hypers_of_any_kind(context):
+    zuko = pytest.importorskip("zuko")
+
+    class Squared(nn.Module):
+        def __init__(self, i, o):
+            super().__init__()
+            self.inner = nn.Linear(i, o)
+
+        def forward(self, x):
+            return self.inner(x).square()
+
+    options = {"univariate": zuko.transforms.AdditiveTransform, "shapes": [()]}
+    x = rows(6, torch.float64)
+    c = rows(context, torch.float64) if context else None
+    for nets in ((sequential, sequential), (sequential, Squared), (Squared, Squared)):
+        flow = zuko.flows.NICE(6, context, transforms=2, hidden_features=(4,), **options)
+        for coupling, net in zip(flow.transform.transforms, nets, strict=True):
+            coupling.hyper = net(3 + context, 3)
+        flow = stir(flow).double()
+        if nets[0] is Squared and context:
+            with pytest.raises(ValueError, match="a Squared, takes a context"):
+                convert(flow)
+            converted = convert(flow, context=context)
+        else:
+            converted = convert(flow)
+        same(converted, x, flow(c).log_prob(x), c)
+    flow.transform.transforms[0].hyper = nn.Linear(2, 3)
+    with pytest.raises(ValueError, match="has a hyper of 2 inputs, and 3 condition"):
+        convert(flow)
+    flow.transform.transforms[0].shapes = [(1,)]
+    with pytest.raises(ValueError, match="is not additive"):
+        convert(flow)
+
+
+def test_parts_of_a_block_and_methods_of_an_instance_are_looked_at():
+    nfl = pytest.importorskip("normflows")
+
+    def block():
+        net = nfl.nets.MLP([2, 4, 2])
+        return nfl.flows.AffineCouplingBlock(net, scale=False)
+
+    def hooked(part):
+        part.flows[1].register_forward_hook(lambda module, given, found: found)
+
+    def overridden(part):
+        part.flows[1].inverse = part.flows[1].inverse
+
+    def merged(part):
+        part.flows[2].mode = "channel_inv"
+
+    def longer(part):
+        part.flows.append(nfl.flows.Permute(4))
+
+    def method(part):
+        part.inverse = part.inverse
+
+    for change in (hooked, overridden, merged, longer, method):
+        flow = nfl.NormalizingFlow(nfl.distributions.DiagGaussian(4), [block(), block()])
+        change(flow.flows[1])
+        with pytest.raises(ValueError, match=r"flows.1, a AffineCouplingBlock"):
+            convert(flow)

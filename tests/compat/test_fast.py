@@ -272,15 +272,20 @@ def test_what_is_not_finite_stays_in_its_row():
         assert not b[1].isfinite().all()
 
 
-def test_a_shift_that_is_not_finite_is_nan_in_normflows_masked():
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_shift_that_is_not_finite_is_nan_in_normflows_masked(value):
     class Bad(nn.Module):
         def forward(self, z):
-            return torch.full_like(z, torch.inf)
+            return torch.full_like(z, value)
 
-    flow = normflows.flows.MaskedAffineFlow(torch.tensor([1.0, 0.0]), Bad())
-    nf.accelerate(flow)
-    z, _ = flow(torch.ones(2, 2))
-    assert torch.equal(z.isnan(), torch.tensor([[False, True]]).expand(2, 2))
+    before = normflows.flows.MaskedAffineFlow(torch.tensor([1.0, 0.0]), Bad())
+    after = copy.deepcopy(before)
+    nf.accelerate(after)
+    for m in (before, after):
+        assert m(torch.ones(2, 2))[0].isnan().all()  # also where b is 1: 0 * NaN
+    z = torch.tensor([[torch.inf, 1.0], [1.0, 2.0]])
+    for call in (lambda m: m(z), lambda m: m.inverse(z)):
+        torch.testing.assert_close(call(after), call(before), equal_nan=True)
 
 
 def test_log_determinants_may_be_added_to_in_place():

@@ -2,24 +2,27 @@
 
 base       blocks of an exact size out of parts of any
 selection  which columns, by name or position
-files      which files; fingerprints, mapping, errors that name the file
+files      which files; fingerprints, reading, errors that name the file
 arrays     .npy, .npz, IDX, HDF5;  columnar  Parquet, Arrow;  text  CSV;  memory  the rest
+messages   where the record batches of an Arrow file are
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ...data.header import Header, said_header
 from ...data.matlab import WrongError
 from . import arrays
 from .base import Block, Columns, Part, Table
 from .columnar import Arrow, Parquet
-from .files import expand, fingerprint, guarded, kind_of
+from .files import Untouched, expand, fingerprint, guarded, kind_of
 from .memory import Held, Iterated
 from .selection import Wanted, listed
 from .text import CSV
@@ -44,15 +47,16 @@ def open_table(
     columns: Columns | None = None,
     keys: Columns = (),
     event_shape: Sequence[int] | None = None,
+    header: Header = "auto",
 ) -> Table:
     """A table of ``source``'s rows, of which nothing is held in memory but what is read at a time.
 
     ============== ================================================================================
-    .npy           mapped: blocks are views
-    .npz           ``X``, ``x_train``, the only array, or ``file.npz::name``; mapped where it is not
-                   compressed, else decompressed as it is read (whole where columns come first)
+    .npy           by rows, whether rows or columns come first in it
+    .npz           ``X``, ``x_train``, the only array, or ``file.npz::name``; as .npy where it is
+                   stored, else decompressed as it is read (whole where columns come first)
     Parquet        by row groups; a folder means all ``.parquet`` below it, sorted by name
-    Arrow, Feather ``.arrow``, ``.feather``, ``.ipc``: files and streams, mapped
+    Arrow, Feather ``.arrow``, ``.feather``, ``.ipc``: files and streams
     .csv           under a header or none; int64 where all values are, else float64
     IDX            any other ending, gzipped or not
     HDF5           ``.h5``, ``.hdf5``: the only dataset of numbers, or ``file.h5::/group/name``;
@@ -63,11 +67,13 @@ def open_table(
 
     Columns of a file become one array: float32 where all are floats of at most 32 bits, integers
     where all are, otherwise float64 or what holds them; bools are uint8; missing values are NaN,
-    with which integers are float64. A column of Parquet or Arrow that is alone may hold vectors:
-    lists, lists of a fixed size or tensors of numbers, all of one length; one that is missing is
-    all NaN. Values that are not finite are left to whoever scores them.
+    with which integers are float64, and so are values that are masked in an array. A column of
+    Parquet or Arrow that is alone may hold vectors: lists, lists of a fixed size or tensors of
+    numbers, all of one length; one that is missing is all NaN. Values that are not finite are left
+    to whoever scores them.
     Several files are one table, in the order given; the first says what columns are called, the
-    others have them by name in any order, or in the same number.
+    others have them by name in any order, or in the same number. No file is mapped; one that is
+    written to, replaced or cut off after this is an error when its rows are read.
 
     Args:
         source: a path, a pattern such as ``"rows/*.parquet"``, a folder, a list of these; a NumPy
@@ -78,6 +84,8 @@ def open_table(
         keys: of columns to be carried over as they are: of Parquet, Arrow and CSV files. In CSV
             they are text; without a header they are called ``column_0`` ...
         event_shape: of a row; checked, and flattened.
+        header: whether the first line of CSV files is one: True, False or "auto", which is decided
+            by :func:`nicefast.data.header.is_header`; of no meaning for other sources.
 
     Raises:
         ValueError: no such file, no match, damaged or truncated, of an unknown format; what would
@@ -99,7 +107,8 @@ def open_table(
     """
     chosen = None if columns is None else listed("columns", columns)
     shape = None if event_shape is None else tuple(map(int, event_shape))
-    wanted = Wanted(chosen, listed("keys", keys), shape)
+    said_header(header)
+    wanted = Wanted(chosen, listed("keys", keys), shape, header=header)
     if isinstance(source, np.ndarray | Tensor):
         kind = "array" if isinstance(source, np.ndarray) else "tensor"
         name = f"{kind} of shape {tuple(source.shape)}"
@@ -107,7 +116,8 @@ def open_table(
             part = Held(source, name, wanted)
         except WrongError as why:
             raise ValueError(f"source, {name}: {why}") from None
-        return Table(name, [part], part.fingerprint(chosen))
+        again = partial(part.fingerprint, chosen)
+        return Table(name, [part], again(), fingerprint_now=again)
     if isinstance(source, str | Path) or _is_paths(source):
         return _of_files(source, wanted)
     if way := _of_frames(source):
@@ -143,6 +153,7 @@ def _is_paths(source: Any) -> bool:
 
 def _of_files(source: Any, wanted: Wanted) -> Table:
     files = expand(source)
+    before = [Untouched(path) for path, _ in files]
     parts: list[Part] = []
     for path, key in files:
         kind = kind_of(path)
@@ -156,7 +167,8 @@ def _of_files(source: Any, wanted: Wanted) -> Table:
         parts.append(part)
     more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
     about = (parts[0].names, wanted.columns, tuple(parts[0].key_types), parts[0].features)
-    return Table(f"{parts[0].name}{more}", parts, fingerprint(files, about))
+    again = partial(fingerprint, files, about)
+    return Table(f"{parts[0].name}{more}", parts, again(), files=before, fingerprint_now=again)
 
 
 def _check_keys(first: Part, other: Part) -> None:

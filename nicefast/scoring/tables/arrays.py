@@ -21,7 +21,7 @@ import numpy as np
 from ...data import readers
 from ...data.matlab import WrongError
 from .base import STEP, Array, Dtype, Piece, flat, spans
-from .files import Mapped, guarded, kind_of
+from .files import guarded, kind_of, read_into
 from .selection import Wanted, of_array
 
 PROBE, PROBE_SECONDS = Path(__file__).with_name("probe.py"), 60
@@ -75,17 +75,37 @@ class Rows:
                 yield Piece(flat(values, self._select, dtype), {})
 
 
-def _mapped(
+def _stored(
     path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int, columns_first: bool
 ) -> Reader:
+    """Rows of an array that is in the file as it is in memory, from byte ``offset`` on."""
+    row = math.prod(shape[1:]) * dtype.itemsize
+
+    def rows(file: IO[bytes], start: int, stop: int) -> Array:
+        values = np.empty((stop - start, *shape[1:]), dtype)
+        read_into(file, values.reshape(-1).view(np.uint8), offset + start * row)
+        return values
+
+    def by_columns(file: IO[bytes], start: int, stop: int) -> Array:
+        values = np.empty((*shape[:0:-1], stop - start), dtype)
+        for i, column in enumerate(values.reshape(-1, stop - start)):
+            place = offset + (i * shape[0] + start) * dtype.itemsize
+            read_into(file, column.view(np.uint8), place)
+        return values.T
+
     def read(places: Iterator[tuple[int, int]]) -> Iterator[Array]:
-        mapping = Mapped(path)
-        values = mapping.array(dtype, shape, offset, columns_first)
-        for start, stop in places:
-            mapping.check()
-            rows = values[start:stop]
-            yield rows
-            mapping.taken(rows.nbytes)
+        with path.open("rb", buffering=0) as file:
+            if not columns_first:
+                for start, stop in places:
+                    yield rows(file, start, stop)
+                return
+            first = last = 0  # rows that are held: many, for each column is read on its own
+            held = np.empty((0, *shape[1:]), dtype)
+            for start, stop in places:
+                if not first <= start <= stop <= last:
+                    first, last = start, min(max(stop, start + STEP // 2 // row), shape[0])
+                    held = by_columns(file, first, last)
+                yield held[start - first : stop - first]
 
     return read
 
@@ -126,18 +146,18 @@ def _exactly(stream: IO[bytes], size: int, before: int, total: int) -> bytearray
 
 
 def npy(path: Path, _: str | None, wanted: Wanted) -> Rows:
-    """A ``.npy`` file, mapped."""
+    """A ``.npy`` file."""
     with path.open("rb") as stream:
         dtype, shape, columns_first = _header(stream)
         offset, found = stream.tell(), path.stat().st_size
     expected = offset + math.prod(shape) * dtype.itemsize
     if expected != found:
         raise WrongError(f"not a readable .npy file: expected {expected} bytes, found {found}")
-    return Rows(path, dtype, shape, _mapped(path, dtype, shape, offset, columns_first), wanted)
+    return Rows(path, dtype, shape, _stored(path, dtype, shape, offset, columns_first), wanted)
 
 
 def npz(path: Path, key: str | None, wanted: Wanted) -> Rows:
-    """An array of a ``.npz``: mapped where it is stored as it is, else decompressed forward."""
+    """An array of a ``.npz``: read at its place where it is stored, else decompressed forward."""
     with zipfile.ZipFile(path) as archive:
         arrays = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
         name = readers._choose(arrays, ("X", "x_train"), key)
@@ -151,7 +171,7 @@ def npz(path: Path, key: str | None, wanted: Wanted) -> Rows:
             raise WrongError(f"array {name!r}: expected {expected} bytes, found {info.file_size}")
         begins = _member_begins(path, info)
         if info.compress_type == zipfile.ZIP_STORED and begins + expected <= path.stat().st_size:
-            reader = _mapped(path, dtype, shape, begins + offset, columns_first)
+            reader = _stored(path, dtype, shape, begins + offset, columns_first)
             return Rows(path, dtype, shape, reader, wanted)
         if columns_first:  # the first row ends with the last bytes
             return held(path, readers._member(archive, name), wanted)
@@ -200,7 +220,7 @@ def _header(stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
 
 
 def idx(path: Path, _: str | None, wanted: Wanted) -> Rows:
-    """An IDX file: mapped, or read through gzip."""
+    """An IDX file: read at its places, or through gzip."""
     with path.open("rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else path.open("rb") as stream:
@@ -223,7 +243,7 @@ def idx(path: Path, _: str | None, wanted: Wanted) -> Rows:
     expected, found = math.prod(shape) * dtype.itemsize, path.stat().st_size - offset
     if expected != found:
         raise WrongError(f"truncated: expected {expected} bytes of values, found {found}")
-    return Rows(path, dtype, shape, _mapped(path, dtype, shape, offset, False), wanted)
+    return Rows(path, dtype, shape, _stored(path, dtype, shape, offset, False), wanted)
 
 
 def hdf5(path: Path, key: str | None, wanted: Wanted) -> Rows:

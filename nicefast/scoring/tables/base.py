@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Dtype = np.dtype[Any] | torch.dtype
 Columns = str | int | Sequence[str | int]
 
-STEP = 1 << 23  # bytes that are converted at a time where a file is not mapped
+STEP = 1 << 23  # bytes that are read or converted at a time where rows may be many
 
 
 class Block(NamedTuple):
@@ -25,8 +25,7 @@ class Block(NamedTuple):
 
     Attributes:
         start: number of the first row in the table.
-        values: (n, D), an array or a tensor of the table's dtype. Rows of a ``.npy`` file are a
-            read-only view of it.
+        values: (n, D), an array or a tensor of the table's dtype; a view of an array in memory.
         keys: for each key column its n values, a pyarrow array of its own type.
 
     >>> from nicefast.scoring.tables import open_table
@@ -44,6 +43,14 @@ class Piece(NamedTuple):
 
     values: Array | Tensor
     keys: dict[str, Any]
+
+
+class Unchanged(Protocol):
+    """What tells whether a source is still what it was."""
+
+    def check(self) -> None:
+        """ValueError, naming the source, where it is not."""
+        ...
 
 
 class Part(Protocol):
@@ -89,6 +96,9 @@ class Table:
         fingerprint: hex SHA-256 of the files' names, sizes, modification times and a sample of
             their contents, and of the columns that are read; None where rows come only once.
         seekable: whether every ``blocks(size, start)`` gives the same rows.
+        files: of each part, its file as it was before anything was read of it; empty for sources
+            in memory.
+        fingerprint_now: makes the fingerprint again.
 
     >>> from nicefast.scoring.tables import open_table
     >>> table = open_table(np.zeros((5, 2), np.uint8))
@@ -100,6 +110,8 @@ class Table:
     parts: Sequence[Part]
     fingerprint: str | None
     seekable: bool = True
+    files: Sequence[Unchanged] = ()
+    fingerprint_now: Callable[[], str] | None = None
 
     @property
     def rows(self) -> int | None:
@@ -141,7 +153,8 @@ class Table:
 
         Raises:
             ValueError: size, start or stop out of range; whatever is wrong with the rows, naming
-                file, row or column, once that place is reached.
+                file, row or column, once that place is reached; a file that was written to since
+                the table was opened.
             TypeError: they are no integers.
         """
         for name, value, least in (("size", size, 1), ("start", start, 0), ("stop", stop, 0)):
@@ -153,10 +166,23 @@ class Table:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         return _blocks(self._pieces(size, start, stop), size, start)
 
+    def check_unchanged(self) -> None:
+        """ValueError where the source is not what it was when the table was opened.
+
+        Every block is checked by what the system says of its file; this looks at all files and
+        makes the fingerprint again.
+        """
+        for file in self.files:
+            file.check()
+        if self.fingerprint_now is not None and self.fingerprint_now() != self.fingerprint:
+            raise ValueError(
+                f"{self.name}: it was changed while it was read: expected other values"
+            )
+
     def _pieces(self, size: int, start: int, stop: int | None) -> Iterator[Piece]:
         todo = math.inf if stop is None else stop - start
         done, skip, dtype = 0, start, self.dtype
-        for part in self.parts:
+        for i, part in enumerate(self.parts):
             if todo <= done:
                 return
             # Only where rows follow does it matter how many an uncounted file has.
@@ -166,7 +192,8 @@ class Table:
                     skip -= rows
                     continue
             until = None if stop is None else skip + int(todo - done)
-            for piece in part.pieces(skip, until, size - done % size, size, dtype):
+            pieces = part.pieces(skip, until, size - done % size, size, dtype)
+            for piece in _while_unchanged(pieces, self.files[i]) if self.files else pieces:
                 left = todo - done
                 whole = len(piece.values) <= left
                 yield piece if whole else cut(piece, 0, int(left))
@@ -174,6 +201,17 @@ class Table:
                 if done >= todo:
                     return
             skip = 0
+
+
+def _while_unchanged(pieces: Iterator[Piece], file: Unchanged) -> Iterator[Piece]:
+    """Pieces that were read before anything was written to their file; an error tells of it."""
+    try:
+        for piece in pieces:
+            file.check()
+            yield piece
+    except Exception:
+        file.check()  # a reader may have stumbled over what was written
+        raise
 
 
 def _blocks(pieces: Iterable[Piece], size: int, start: int) -> Iterator[Block]:

@@ -12,7 +12,8 @@ import numpy as np
 from ...data.matlab import WrongError
 from ...data.readers import check_held, check_parquet
 from .base import STEP, Array, Dtype, Piece, common, converted, spans
-from .files import Mapped, guarded, kind_of
+from .files import Paged, guarded, kind_of
+from .messages import BATCH, Message, messages
 from .selection import Wanted, select
 
 
@@ -294,28 +295,29 @@ class Parquet(Columnar):
 
 
 class Arrow(Columnar):
-    """An Arrow file or stream, mapped; Feather (version 2) is the former."""
+    """An Arrow file or stream, read by rows; Feather (version 2) is the former.
+
+    Record batches that are not compressed may be of any size: only the bytes of the rows that are
+    asked for are read.
+    """
 
     def __init__(self, path: Path, _: str | None, wanted: Wanted) -> None:
         arrow_of(path)
-        with path.open("rb") as file:
-            self._random = file.read(6) == b"ARROW1"
-        self._packed = False
-        with self._opened(Mapped(path), None) as reader:
+        pages = Paged(path)
+        self._random, self._messages = messages(pages)
+        with self._opened(pages, None) as reader:
             self.schema = reader.schema
-        super().__init__(
-            path, self.schema, wanted, lambda names: self._batches(Mapped(path), names)
-        )
+
+            def batches(names: list[str]) -> Iterator[Any]:
+                return (batch for _, batch in self._batches(pages, names))
+
+            super().__init__(path, self.schema, wanted, batches)
         # A column of each batch says how many rows it has; the integers also what is missing.
         lacking = self.may_lack()
         asked = lacking or [min(self.read_names, key=self._width)]
         with_nulls: set[str] = set()
         self.lengths: list[int] = []
-        mapping = Mapped(path)
-        one = next(self._batches(mapping, asked), None)
-        self._packed = one is not None and not _within(one, mapping)
-        del one
-        for batch in self._batches(mapping, asked):
+        for _message, batch in self._batches(pages, asked):
             self.lengths.append(batch.num_rows)
             names = batch.schema.names
             with_nulls |= {n for n in lacking if has_nulls(batch.column(names.index(n)))}
@@ -328,27 +330,46 @@ class Arrow(Columnar):
         except ValueError:  # of no fixed width
             return 1 << 20
 
-    def _opened(self, mapping: Mapped, names: list[str] | None) -> Any:
+    def _opened(self, pages: Paged, names: list[str] | None) -> Any:
         import pyarrow as pa
         from pyarrow import ipc
 
+        for message in self._messages:
+            if message.kind != BATCH:  # schema and dictionaries
+                pages.read(message.start, message.end)
         options = ipc.IpcReadOptions()
-        if names is not None and self._packed:  # a choice copies, where all would be views
+        packed = any(message.packed for message in self._messages)
+        if names is not None and packed:  # each column is unpacked, where all would be views
             options.included_fields = sorted(self.schema.names.index(name) for name in names)
-        source = pa.BufferReader(pa.py_buffer(mapping.bytes))
+        source = pa.BufferReader(pa.py_buffer(pages.bytes))
         return (ipc.open_file if self._random else ipc.open_stream)(source, options=options)
 
-    def _batches(self, mapping: Mapped, names: list[str], first: int = 0) -> Iterator[Any]:
-        with self._opened(mapping, names) as reader:
-            if self._random:
-                for i in range(first, reader.num_record_batches):
-                    mapping.check()
-                    yield reader.get_batch(i)
-            else:
-                for i, batch in enumerate(reader):
-                    mapping.check()
-                    if i >= first:
-                        yield batch
+    def _batches(
+        self, pages: Paged, names: list[str], first: int = 0
+    ) -> Iterator[tuple[Message, Any]]:
+        """Batches from number ``first`` on, whose values are not read unless they are packed."""
+        batches = [message for message in self._messages if message.kind == BATCH]
+        with self._opened(pages, names) as reader:
+            for i, message in enumerate(batches):
+                if self._random and i < first:
+                    continue
+                pages.read(message.start, message.end if message.packed else message.body)
+                batch = reader.get_batch(i) if self._random else reader.read_next_batch()
+                if i >= first:
+                    if not message.packed:
+                        self._read_vectors(pages, batch, names)
+                    # Nothing else looks whether the buffers are as long as the metadata say.
+                    batch.validate()
+                    yield message, batch
+                pages.drop(message.start, message.end)
+
+    @staticmethod
+    def _read_vectors(pages: Paged, batch: Any, names: list[str]) -> None:
+        """The columns of vectors among ``names``, before anything looks at their values."""
+        for name in names:
+            column = batch.column(batch.schema.names.index(name))
+            if is_vector(column.type):
+                _read_whole(pages, column)
 
     def pieces(
         self, start: int, stop: int | None, first: int, size: int, dtype: Dtype
@@ -358,21 +379,97 @@ class Arrow(Columnar):
             while skipped < len(self.lengths) and start >= self.lengths[skipped]:
                 start -= self.lengths[skipped]
                 skipped += 1
-            mapping = Mapped(self.path)
-            for batch in self._batches(mapping, self.read_names, skipped):
-                # Nothing else looks whether the buffers are as long as the metadata say.
-                batch.validate()
+            pages = Paged(self.path)
+            for message, batch in self._batches(pages, self.read_names, skipped):
+                names = batch.schema.names
+                columns = [batch.column(names.index(name)) for name in self.read_names]
+                whole = [one for one in columns if not _has_rows(one.type)]
+                if not message.packed:
+                    for column in whole:
+                        _read_whole(pages, column)
                 for begin, end in spans(start, batch.num_rows, first, size, self.step):
-                    yield self.piece(batch.slice(begin, end - begin), dtype)
-                    mapping.taken((end - begin) * self.features * dtype.itemsize)
+                    if not message.packed:
+                        for column in columns:
+                            _read_rows(pages, column, begin, end)
+                    piece = self.piece(batch.slice(begin, end - begin), dtype)
+                    # Keys are used later than the pages that they are in.
+                    keys = {name: _copied(key) for name, key in piece.keys.items()}
+                    if not message.packed and not whole:
+                        pages.drop(message.body, message.end)
+                    yield Piece(piece.values, keys)
                     first = (first - (end - begin)) % size or size
                 start = 0
 
 
-def _within(batch: Any, mapping: Mapped) -> bool:
-    """Whether the batch's values are the mapping's own bytes: not compressed."""
+def _copied(column: Any) -> Any:
+    """The column in memory of its own; a dictionary stays where it is."""
     import pyarrow as pa
 
-    whole = pa.py_buffer(mapping.bytes)
-    buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer]
-    return all(whole.address <= buffer.address < whole.address + whole.size for buffer in buffers)
+    if _has_rows(column.type):
+        return column.take(pa.array(np.arange(len(column))))
+    batch = pa.record_batch([column], [""])
+    data = pa.BufferOutputStream()
+    with pa.ipc.new_stream(data, batch.schema) as stream:
+        stream.write_batch(batch)
+    return pa.ipc.open_stream(data.getvalue()).read_next_batch().column(0)
+
+
+def _has_rows(kind: Any) -> bool:
+    """Whether a row's bytes can be told from other rows' without reading them all."""
+    return _fixed_bits(kind) is not None or _offset_bytes(kind) is not None
+
+
+def _fixed_bits(kind: Any) -> int | None:
+    """Bits of a value in a buffer of values of one size; of a dictionary's column, of its index."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return int(kind.index_type.bit_width)
+    if types.is_primitive(kind) or types.is_decimal(kind) or types.is_fixed_size_binary(kind):
+        return int(kind.bit_width)
+    return None
+
+
+def _offset_bytes(kind: Any) -> int | None:
+    """Bytes of an offset of texts that are one after the other in a buffer."""
+    from pyarrow import types
+
+    if types.is_string(kind) or types.is_binary(kind):
+        return 4
+    return 8 if types.is_large_string(kind) or types.is_large_binary(kind) else None
+
+
+def _read_rows(pages: Paged, column: Any, start: int, stop: int) -> None:
+    """Read what rows ``start`` up to ``stop`` of a batch's column consist of."""
+    bits, offset = _fixed_bits(column.type), _offset_bytes(column.type)
+    if bits is None and offset is None:
+        return  # read whole
+    validity, values, *more = column.buffers()
+    start, stop = start + column.offset, stop + column.offset
+    _read_part(pages, validity, start // 8, -(-stop // 8))
+    if bits is not None:
+        _read_part(pages, values, start * bits // 8, -(-stop * bits // 8))
+        return
+    assert offset is not None
+    if values is None or not values.size:  # of no rows
+        return
+    _read_part(pages, values, start * offset, (stop + 1) * offset)
+    ends = np.frombuffer(values, f"<i{offset}", stop + 1 - start, start * offset)
+    _read_part(pages, more[0], int(ends[0]), int(ends[-1]))
+
+
+def _read_whole(pages: Paged, column: Any) -> None:
+    for buffer in column.buffers():
+        _read_part(pages, buffer, 0, buffer.size if buffer is not None else 0)
+
+
+def _read_part(pages: Paged, buffer: Any, start: int, stop: int) -> None:
+    """Bytes ``start`` up to ``stop`` of a buffer that lies in the pages."""
+    import pyarrow as pa
+
+    if buffer is None or not buffer.size:
+        return
+    if not 0 <= start <= stop <= buffer.size:
+        raise WrongError(f"expected bytes {start} to {stop} of {buffer.size} in a column")
+    place = buffer.address - pa.py_buffer(pages.bytes).address
+    pages.read(place + start, place + stop)

@@ -1,4 +1,4 @@
-"""Files: which ones a source means, what tells them from others, mapping, and naming errors."""
+"""Files: which ones a source means, what tells them from others, reading, and naming errors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any
 
 from ...data.matlab import WrongError
-from .base import Array
+from .base import Unchanged
 
 KINDS = {
     ".npy": ".npy",
@@ -34,7 +32,6 @@ KINDS = {
     ".he5": "HDF5",
 }
 WITH_ARRAYS = (".npz", ".mat", "HDF5")  # of which ``::name`` picks one
-RELEASE = 1 << 25  # bytes of a mapped file, once read, that stay in this process's memory
 SAMPLE, SAMPLES = 1 << 14, 64
 
 
@@ -52,7 +49,7 @@ def guarded(path: Path | str, kind: str) -> Iterator[None]:
     """Whatever a parser makes of a broken file is one ValueError that begins with its path."""
     try:
         yield
-    except ImportError:
+    except (ImportError, Warning):
         raise
     except WrongError as why:
         raise ValueError(f"{path}: {why}") from None
@@ -126,37 +123,85 @@ def fingerprint(files: Sequence[tuple[Path, str | None]], about: Sequence[Any]) 
     return digest.hexdigest()
 
 
-class Mapped:
-    """A file mapped into memory, read-only, whose pages are let go of once they were read.
+class Untouched(Unchanged):
+    """A file as it was when this was made, by what the system says of it."""
 
-    They come back where they are still looked at: only how much is held changes.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stat = os.stat(path)
+
+    def check(self) -> None:
+        """ValueError where the file has been written to, replaced or removed since."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: it was removed while it was read ({error.strerror})"
+            ) from None
+        if _stamp(now) == _stamp(self._stat):
+            return
+        what = "it, or its name or permissions, were written to"
+        if now.st_size != self._stat.st_size:
+            what = f"expected {self._stat.st_size} bytes, found {now.st_size}"
+        elif (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
+            what = "another file has its name"
+        raise ValueError(f"{self.path}: it was changed while it was read: {what}")
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def read_into(file: IO[bytes], onto: Any, offset: int) -> None:
+    """Fill the buffer ``onto`` with the bytes at ``offset`` of an unbuffered file.
+
+    WrongError where the file ends before. Files are read this way and not mapped: touching a page
+    that a mapped file has lost ends the process.
+    """
+    file.seek(offset)
+    left = memoryview(onto).cast("B")
+    size = len(left)
+    while left:
+        count = file.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            raise WrongError(
+                f"truncated: expected {size} bytes at {offset}, found {size - len(left)}"
+            )
+        left = left[count:]
+
+
+class Paged:
+    """Memory of a file's size that holds those bytes of the file, at their places, that were read.
+
+    Takes no more memory than what is read and not dropped again.
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._read = 0
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+        # No memory is set aside for pages that may never be used.
+        flags = {"flags": _ANONYMOUS} if _ANONYMOUS else {}
+        self.bytes = mmap.mmap(-1, size, **flags)
 
-    def array(
-        self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int, columns_first: bool
-    ) -> Array:
-        """The array of ``shape`` that begins at byte ``offset``."""
-        if 0 in shape:
-            return np.empty(shape, dtype)
-        values = np.ndarray(shape[::-1] if columns_first else shape, dtype, self.bytes, offset)
-        return values.T if columns_first else values
-
-    def check(self) -> None:
-        """WrongError where the file has become shorter: its pages must not be touched."""
-        if self.bytes.size() < len(self.bytes):
+    def read(self, start: int, stop: int) -> memoryview:
+        """The bytes from ``start`` up to ``stop``, read anew; WrongError beyond the file's end."""
+        if not 0 <= start <= stop <= len(self.bytes):
             raise WrongError(
-                f"it was changed while it was read: expected {len(self.bytes)} bytes, "
-                f"found {self.bytes.size()}"
+                f"truncated: expected bytes {start} to {stop}, found {len(self.bytes)} bytes"
             )
+        place = memoryview(self.bytes)[start:stop]
+        read_into(self._file, place, start)
+        return place
 
-    def taken(self, size: int) -> None:
-        """Note that ``size`` bytes have been read."""
-        self._read += size
-        if self._read >= RELEASE and hasattr(mmap, "MADV_DONTNEED"):
-            self.bytes.madvise(mmap.MADV_DONTNEED)
-            self._read = 0
+    def drop(self, start: int, stop: int) -> None:
+        """Give back the memory of the pages between ``start`` and ``stop``, which become zeros."""
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.bytes.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+_ANONYMOUS = 0
+if hasattr(mmap, "MAP_ANONYMOUS"):
+    _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)

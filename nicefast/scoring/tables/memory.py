@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import filled
 from ...data import readers
 from ...data.matlab import WrongError
 from .base import Array, Dtype, Piece, flat, spans
@@ -48,7 +49,7 @@ class Held:
             if isinstance(values, Tensor):
                 yield Piece(_flat_tensor(values, self._select), {})
             else:
-                yield Piece(flat(values, self._select, dtype), {})
+                yield Piece(flat(filled(values), self._select, dtype), {})
 
     def fingerprint(self, about: Any) -> str:
         """Of shape, dtype and contents: all of 64 MiB, else so much, evenly spaced."""
@@ -57,7 +58,7 @@ class Held:
         digest = hashlib.sha256(repr(said).encode())
         run, every = 1024, max(1, math.ceil(values.nbytes / SAMPLED))
         for start in range(0, len(values), run * every):
-            rows = values[start : start + run]
+            rows = filled(values[start : start + run])
             if isinstance(rows, Tensor):
                 rows = rows.cpu().contiguous().view(-1).view(torch.uint8).numpy()
             digest.update(np.ascontiguousarray(rows).tobytes())
@@ -142,6 +143,8 @@ def _checked(values: Array | Tensor) -> Dtype:
     readers._check_dtype(values.dtype)
     if values.dtype.itemsize > 8:
         raise WrongError(f"expected numbers of at most 64 bits, got {values.dtype}")
+    if values.dtype.kind in "iub" and np.ma.is_masked(values):
+        return np.dtype(np.float64)  # which holds what is missing, as in a file
     return np.dtype(np.uint8) if values.dtype.kind == "b" else values.dtype.newbyteorder("=")
 
 

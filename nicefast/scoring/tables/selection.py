@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...checks import check_type
+from ...data.header import Header
 from ...data.matlab import WrongError
 from .base import Array, Columns
 
@@ -22,12 +23,14 @@ class Wanted(NamedTuple):
         keys: of those to carry over.
         event_shape: whose number of values a row must have.
         like: what the first file said: its name, and the names of its features.
+        header: whether the first line of a CSV file is one, or "auto".
     """
 
     columns: tuple[str | int, ...] | None = None
     keys: tuple[str | int, ...] = ()
     event_shape: tuple[int, ...] | None = None
     like: tuple[str, tuple[str, ...] | None, int] | None = None
+    header: Header = "auto"
 
 
 class Selection(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...data.header import LOOKED_AT, MISSING, is_header, number_of, said_header
 from ...data.matlab import WrongError
 from ...data.readers import MOST_LINE, csv_rows
 from .base import Dtype, Piece
@@ -18,22 +19,21 @@ from .selection import Wanted, select
 
 BLOCK = 1 << 20  # bytes that are parsed at a time, unless rows are long
 MOST_CELLS = 1 << 16  # in a row: pyarrow takes 9 KB for each
-LOOKED_AT = 100  # rows whose cells decide whether a column is text, and a table may be integers
-_MISSING = ["", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null", "-NaN", "-nan"]
 
 
 class CSV:
     """A CSV file under a header or none: int64 where every value is one, else float64.
 
-    The first row is a header where none of its cells is a number, or where it has every name that
-    is asked for. Empty cells and what else stands for a missing value are NaN. Keys are text, as
-    it stands in the file.
+    The first row is a header where it has every name that is asked for, else by the rule of
+    :func:`nicefast.data.header.is_header`, the columns of features alone. Empty cells and what else
+    stands for a missing value are NaN. Keys are text, as it stands in the file.
     """
 
     dtype: Dtype
 
     def __init__(self, path: Path, _: str | None, wanted: Wanted) -> None:
         self.name, self.path, self._pa = str(path), path, arrow_of(path)
+        self._header = 0  # its last line's number
         rows = list(self._beginning())
         if not rows:
             raise WrongError("holds no rows")
@@ -45,8 +45,9 @@ class CSV:
         asked = [c for c in (*(wanted.columns or ()), *wanted.keys) if isinstance(c, str)]
         header = [cell.strip() for cell in cells]
         named = bool(asked) and all(name in header for name in asked)
-        self._header = line if named or not any(map(_is_number, cells)) else 0
-        if self._header:
+        auto = said_header(wanted.header) is None
+        if (named and auto) or self._is_header(cells, [row for _, row in rows[1:]], wanted):
+            self._header = line
             del rows[0]
         names = header if self._header else None
         selection = select(names, self.width, wanted)
@@ -62,6 +63,16 @@ class CSV:
         values = [cells[i] for _, cells in rows for i in self.chosen]
         if all(map(_is_integer, values)) and self._all_integers():
             self.dtype = np.dtype(np.int64)
+
+    def _is_header(self, cells: list[str], below: list[list[str]], wanted: Wanted) -> bool:
+        chosen = wanted.keys if wanted.columns is None else wanted.columns
+        at = {i % self.width for i in chosen if not isinstance(i, str)}
+        if wanted.columns is None:
+            at = set(range(self.width)) - at
+        places = sorted(at) or range(self.width)
+        rows = [[row[i] for i in places] for row in below if len(row) == self.width]
+        own = [cells[i] for i in places]
+        return is_header(self.name, own, rows, wanted.header, quiet=wanted.like is not None)
 
     def count(self) -> int:
         if self.rows is None:
@@ -120,7 +131,7 @@ class CSV:
                 pc.ConvertOptions(
                     column_types={**dict.fromkeys(numbers, kind), **dict.fromkeys(texts, string)},
                     include_columns=list(dict.fromkeys(numbers + texts)),
-                    null_values=_MISSING,
+                    null_values=sorted(MISSING),
                     strings_can_be_null=False,
                 ),
             )
@@ -147,19 +158,11 @@ class CSV:
         if len(cells) != self.width:
             raise WrongError(f"line {line}: expected {self.width} cells, found {len(cells)}")
         for i in self.chosen:
-            if not (_is_number(cells[i]) or cells[i].strip() in _MISSING):
+            if not (number_of(cells[i]) is not None or cells[i].strip() in MISSING):
                 raise WrongError(
                     f"line {line}, column {self.labels[i]}: expected a number, "
                     f"found {cells[i][:40]!r}"
                 )
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell and cell.isascii()
 
 
 def _is_integer(cell: str) -> bool:

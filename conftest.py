@@ -1,0 +1,75 @@
+"""Kernel tests run on the GPU where there is one, else in Triton's interpreter on the CPU."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before nicefast
+
+import pytest
+
+import nicefast as nf
+from helpers import GuardedMemory
+from ways import Way
+
+torch.set_num_threads(
+    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def triton_backend():
+    pytest.importorskip("triton", reason="needs Triton")
+    with nf.set_backend("triton"):
+        yield
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request):
+    """Both implementations in turn."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    with nf.set_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def guarded(monkeypatch, triton_backend):
+    """Kernel outputs come from memory poisoned with NaN, between guard bands checked afterwards."""
+    memory = GuardedMemory(torch.empty)
+    monkeypatch.setattr(torch, "empty", memory.empty)
+    yield memory
+    monkeypatch.undo()
+    memory.check()
+
+
+@pytest.fixture(params=Way.NAMES)
+def way(request, monkeypatch):
+    """Each engine in turn, the layer path, and a frozen flow: see :class:`ways.Way`."""
+    if request.param in ("kernel", "gemm"):
+        pytest.importorskip("triton", reason="needs Triton")
+    found = Way(request.param, monkeypatch)
+    with nf.set_backend(found.backend):
+        yield found

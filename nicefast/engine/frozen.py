@@ -1,0 +1,194 @@
+"""An immutable copy of a flow for inference, which owns what each call of the flow prepares anew.
+
+A frozen flow reads no modules, chooses no engine, and casts, packs or arranges no weights in a
+call; on a GPU its calls can be captured as CUDA graphs and replayed.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import watchers
+from ..captures import Graph, can_capture
+from ..threads import undisturbed
+from .explanation import explanation
+from .gemm import GemmEngine, gives_numbers
+from .kernel import KernelEngine
+from .linear import input_major
+from .plan import Plan, plan, why_layers
+from .rows import Residuals, RowEngine
+
+
+class FrozenFlow:
+    """A flow as it was when it was frozen, for inference: see :meth:`nicefast.NICE.frozen`.
+
+    Arguments, shapes, results and errors are those of the flow's own methods. Products have the
+    precision that was in force when the flow was frozen (float32 matmul precision, autocast), and
+    dropout is off. ValueError for a call whose gradient would have to be recorded.
+
+    Attributes:
+        batch: rows of one CUDA graph, or None.
+        event_shape, features, context, dtype: those of the flow.
+
+    >>> import torch, nicefast as nf
+    >>> flow, x = nf.NICE(4, hidden=(8,)), torch.randn(3, 4)
+    >>> frozen = flow.frozen()
+    >>> before = frozen.log_prob(x)
+    >>> _ = flow.scaling.log_scale.data.add_(1)
+    >>> torch.equal(frozen.log_prob(x), before)
+    True
+    """
+
+    def __init__(self, flow: Any, batch: int | None = None) -> None:
+        own = _copy(flow).eval().requires_grad_(False)
+        self.batch = batch
+        self.event_shape: torch.Size = own.event_shape
+        self.features: int = own.features
+        self.context: int = own.context
+        self.dtype: torch.dtype = own.dtype
+        self._flow, self._plan = own, _plan(own, batch)
+        own.plan = self._choose  # what all of the copy's methods ask
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """As :meth:`nicefast.NICE.log_prob`: (...), in nats."""
+        return self._call("log_prob", x, context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As :meth:`nicefast.NICE.forward`: ``(z, log_det)``."""
+        return self._call("forward", x, context)
+
+    __call__ = forward
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As :meth:`nicefast.NICE.inverse`: ``(x, log_det)``."""
+        return self._call("inverse", z, context)
+
+    def cell_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """As :meth:`nicefast.NICE.cell_log_prob`: (...), in nats."""
+        return self._call("cell_log_prob", x, context)
+
+    def sample(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As :meth:`nicefast.NICE.sample`: (n, \\*event_shape)."""
+        return self._flow.sample(n, context, batch_size, generator)
+
+    def explain(self, rows: int = 65_536) -> str:
+        """As :meth:`nicefast.NICE.explain`."""
+        device = self._flow.scaling.log_scale.device
+        return explanation(self._plan, rows, self.features, device, frozen=True)
+
+    def __repr__(self) -> str:
+        return f"FrozenFlow({self._flow.extra_repr()}; {self._plan.name})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenFlow:
+        return self  # immutable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = copy.copy(self._flow)
+        own.__dict__ = {k: v for k, v in vars(own).items() if k != "plan"}
+        return FrozenFlow, (own, self.batch)
+
+    def _call(self, method: str, x: Tensor, context: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            if watchers.records(*(t for t in (x, context) if isinstance(t, Tensor))):
+                raise ValueError(
+                    "a frozen flow records no gradients, and a tensor that was given requires one: "
+                    "call the flow that was frozen, or detach the tensor"
+                )
+            with torch.no_grad():
+                return getattr(self._flow, method)(x, context)
+        return getattr(self._flow, method)(x, context)
+
+    def _choose(self, x: Tensor, context: Tensor | None) -> Plan:
+        """The plan of a call: the one that was made, where its engine computes such rows."""
+        if self._plan.engine is None:
+            return self._plan
+        reason = why_layers(x, context)
+        return self._plan if reason is None else Plan("layers", reason)
+
+
+class _CapturedEngine:
+    """An engine on a GPU whose calls are replayed, ``batch`` rows at a time."""
+
+    def __init__(self, engine: RowEngine, batch: int) -> None:
+        self._engine, self._batch = engine, batch
+        self._graphs: dict[tuple[Any, ...], Graph] = {}
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def log_prob(
+        self, x: Tensor, context: Tensor | None = None, save: list[Residuals] | None = None
+    ) -> Tensor:
+        return self._run("log_prob", self._engine.log_prob, x, context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._run("forward", self._engine.forward, x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._run("inverse", self._engine.inverse, z, context)
+
+    def couple(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        inverse: bool = False,
+        save: list[Residuals] | None = None,
+    ) -> Tensor:
+        def call(x: Tensor, c: Tensor | None) -> Tensor:
+            return self._engine.couple(x, c, inverse)
+
+        return self._run(f"couple, inverse={inverse}", call, x, context)
+
+    def _run(
+        self, name: str, call: Callable[..., Tensor], x: Tensor, context: Tensor | None
+    ) -> Tensor:
+        if not can_capture(x.device) or not len(x):
+            return call(x, context)
+        key = name, None if context is None else context.dtype
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if key not in self._graphs:
+                self._graphs[key] = Graph(lambda *a: (call(*a),), self._batch, x, context)
+            return self._graphs[key](x, context)[0]
+
+
+def _copy(flow: Any) -> Any:
+    """A deep copy, also of what a layer computed with gradients and kept, as a pruned one does."""
+    kept = (t for module in flow.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    return copy.deepcopy(flow, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
+
+
+def _plan(flow: Any, batch: int | None) -> Plan:
+    """The plan of the copy, with an engine whose weights are cast, arranged and packed."""
+    like = torch.empty((1, flow.features), dtype=flow.dtype, device=flow.scaling.log_scale.device)
+    context = like.new_empty(1, flow.context) if flow.context else None
+    found = plan(flow, like, context)
+    engine = found.engine
+    if engine is None:
+        return found
+    with undisturbed(like.device):
+        engine.layers = [
+            [(input_major(w.detach().contiguous()), b.detach().contiguous()) for w, b in layers]
+            for layers in engine.layers
+        ]
+        if engine.log_scale is not None:
+            _ = engine.density
+        if isinstance(engine, KernelEngine):
+            _ = engine.packed
+        if isinstance(engine, GemmEngine) and like.device.type == "cuda":
+            engine.fuses_relu = gives_numbers(engine.stack)
+    if batch is not None and like.device.type == "cuda":
+        return found._replace(engine=_CapturedEngine(engine, batch))  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,24 @@
+"""Every threshold of the engine, and the measurement that it rests on.
+
+``python -m bench ablation`` measures the alternatives again on the machine at hand.
+"""
+
+from __future__ import annotations
+
+#: Least operations of a float32 product on the CPU for which oneDNN multiplies in MKL's place, on
+#: processors that MKL is not made for. One call of oneDNN costs 10 us more than one of MKL's, and
+#: it computes 257 GFLOP/s a core instead of 118 (AMD Zen 5), so that it pays from 4 MFLOP on.
+ONEDNN_FLOPS = 1 << 22
+
+#: Bytes of a block's widest activation. On the CPU, 4 MiB were within 3 % of the best in every
+#: case; 1 MiB cost 4 to 25 % (threads meet after every operation) and 16 MiB up to 27 % (Zen 5). On
+#: a GPU a block only has to fit into memory; nothing has been measured there.
+BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 30}
+
+#: Bytes of the residuals of one batch up to which forward saves them for the gradient; the backward
+#: pass recomputes larger ones. Saving was faster in every case that was measured (16,384 rows of
+#: 256 x 3: 2.15 times plain PyTorch against 1.7 recomputed), so memory alone sets the limit.
+RESIDUAL_BYTES = 1 << 30
+
+#: Bytes of the residuals of one block where the backward pass recomputes them.
+RECOMPUTED_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
