@@ -2,12 +2,13 @@
 # make test   every kernel and everything above it against the reference; no GPU needed
 # make bench  how fast NICE runs on this machine, against whom, how near to its limit; a quarter to half an hour
 # make check  style, types, and the rule that imports run downwards
+# make check-processors  tests of the kernels and fast paths as other processors would run them; see docs/testing.md
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench check clean
+.PHONY: demo test bench check check-processors clean
 
 demo: $(VENV)/.train
 	$(BIN)/nicefast fit digits --out runs/digits --overwrite
@@ -24,6 +25,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check-processors: $(VENV)/.test
+	$(BIN)/python tests/processors.py
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """Kernel tests run on the GPU where there is one, else in Triton's interpreter on the CPU."""
 
+import importlib.util
 import os
 
 import torch
@@ -8,6 +9,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before nicefast
 
+import numpy as np
 import pytest
 
 import nicefast as nf
@@ -17,6 +19,27 @@ from ways import Way
 torch.set_num_threads(
     max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 )
+
+
+def _row_wise_dot(builder, a, b, d, *precision):
+    """``tl.dot`` of the interpreter, by which a row's bits do not depend on its place in the tile.
+
+    Kernels promise that on a device. The interpreter's own product is a BLAS's, and on some
+    processors a BLAS sums rows in different orders. The loops of ``einsum`` call no BLAS; casts
+    come before, since ``einsum`` would cast in blocks that begin anywhere in a row.
+    """
+    from triton.runtime.interpreter import TensorHandle
+
+    assert {a.data.dtype.kind, b.data.dtype.kind} == {"f"}, (a.dtype, b.dtype)
+    left, right = (np.ascontiguousarray(side.data, d.data.dtype) for side in (a, b))
+    product = np.einsum("mk,kn->mn", left, right, optimize=False)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+if not HAS_GPU and importlib.util.find_spec("triton"):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_dot = _row_wise_dot
 
 
 def pytest_collection_modifyitems(items):

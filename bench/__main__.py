@@ -51,6 +51,12 @@ from .workloads import (
 
 LEVELS = {"quick": (2, 0.3), "default": (5, 0.8), "full": (9, 3.0)}  # rounds, seconds of a table
 SEED = 0
+CHOICES: dict[str, tuple[str, ...]] = {
+    "case": tuple(CASES),
+    "provider": tuple(PROVIDERS),
+    "dtype": tuple(PRECISIONS),
+    "direction": tuple(DIRECTIONS),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +89,7 @@ def _generative(arguments: Sequence[str]) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     skipped: list[str] = []
-    options = _parser(skipped).parse_args(list(arguments))
+    options = _parse(arguments, skipped)
     if not options.child:
         for line in skipped:
             print(f"python -m bench: {line}", file=sys.stderr)
@@ -135,39 +141,41 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"python -m bench: {message}\n")
 
 
-def _parser(skipped: list[str]) -> argparse.ArgumentParser:
-    """``skipped`` gets a line for each choice that is left out because nobody knows it."""
+def _parse(arguments: Sequence[str], skipped: list[str]) -> argparse.Namespace:
+    """The options of `run`. ``skipped`` gets a line for each choice that is left out because nobody
+    knows it."""
+    parser = _parser()
+    options = parser.parse_args(list(arguments))
+    for name, known in CHOICES.items():
+        asked = getattr(options, name)
+        if asked is None:
+            setattr(options, name, None if name == "dtype" else list(known))  # see _precisions
+            continue
+        chosen = [c for c in known if c in asked]
+        if unknown := [c for c in asked if c not in known]:
+            said = f"must be some of {','.join(known)}, got {','.join(unknown)}"
+            if not chosen:
+                parser.error(f"argument --{name}: {said}")
+            # what is known goes on; the processes that measure say nothing twice
+            skipped.append(f"--{name} {said}: left out")
+        setattr(options, name, chosen)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m bench run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def choices(name: str, known: Sequence[str]) -> None:
-        def parse(text: str) -> list[str]:
-            asked = text.split(",")
-            chosen = [c for c in known if c in asked]
-            if unknown := [c for c in asked if c not in known]:
-                said = f"must be some of {','.join(known)}, got {','.join(unknown)}"
-                if not chosen:
-                    raise argparse.ArgumentTypeError(said)
-                # what is known goes on; the processes that measure say nothing twice
-                skipped.append(f"--{name} {said}: left out")
-            return chosen
-
+    for name, known in CHOICES.items():
         parser.add_argument(
             f"--{name}",
-            type=parse,
-            default=list(known),
-            help=f"some of {','.join(known)}",
+            type=lambda text: text.split(","),
+            action="extend",
+            help=f"some of {','.join(known)}; again for more",
         )
-
-    choices("case", CASES)
-    choices("provider", tuple(PROVIDERS))
     gpu = torch.cuda.is_available()
-    choices("dtype", tuple(PRECISIONS))
-    parser.set_defaults(dtype=None)  # by the device: see _precisions
-    choices("direction", DIRECTIONS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quick", action="store_true", help="two minutes, as a first look")

@@ -23,13 +23,15 @@ _UNITS = (("days", 86_400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__)
     parser.add_argument("--features", type=int, default=64)
-    parser.add_argument("--hidden", type=int, nargs="*", default=[256, 256, 256])
+    parser.add_argument(
+        "--hidden", type=int, nargs="*", action="extend", help="default: 256 256 256"
+    )
     parser.add_argument("--couplings", type=int, default=4)
     parser.add_argument("--context", type=int, default=0, help="features of the context")
     parser.add_argument("--share", type=float, default=1.0, help="of the roofline that is reached")
     options = parser.parse_args(argv)
     try:
-        print(table(**vars(options)))
+        print(table(**{k: v for k, v in vars(options).items() if v is not None}))
     except ValueError as e:
         parser.error(str(e))
     return 0

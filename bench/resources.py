@@ -191,8 +191,10 @@ def all_cases(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    for name, known in (("arch", TARGETS), ("kernel", KERNELS)):
+        parser.add_argument(
+            f"--{name}", nargs="+", action="extend", choices=known, help="default: all"
+        )
     parser.add_argument("--full", action="store_true", help="the full product: hours")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--json", type=Path, help="also write names and resources to this file")
@@ -202,7 +204,9 @@ def main() -> int:
     rows, bad = [], []
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        todo = all_cases(options.full, options.arch, options.kernel)
+        todo = all_cases(
+            options.full, options.arch or list(TARGETS), options.kernel or list(KERNELS)
+        )
         print("regs spill shared  loads 128/all  stores 128/all  case")
         for case, r in compile_all(todo, options.jobs):
             print(

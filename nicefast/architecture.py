@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from .checks import check_count, check_type
+from .checks import as_integer, check_count, check_type
 from .partition import Partition
 from .reference import check_prior
 
@@ -42,7 +42,7 @@ def architecture(
     """
     event_shape = _event_shape(features)
     check_prior(prior)
-    check_count("couplings", couplings, 1)
+    couplings = check_count("couplings", couplings, 1)
     kinds = (str, Partition, Iterable)
     check_type("partition", partition, kinds, "a name, a Partition or one for each coupling")
     partitions = partition_chain(partition, event_shape, couplings)
@@ -114,30 +114,40 @@ def _named(name: str, event_shape: Sequence[int], d: int) -> Partition:
 
 
 def _event_shape(features: int | Sequence[int]) -> torch.Size:
-    check_type("features", features, (int, Iterable), "an integer or an event shape")
-    shape = (features,) if isinstance(features, int) else tuple(features)
-    if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in shape):
+    if as_integer(features) is None:
+        check_type("features", features, Iterable, "an integer or an event shape")
+    given = tuple(features) if isinstance(features, Iterable) else (features,)
+    shape = [as_integer(f) for f in given]
+    if any(f is None or f < 1 for f in shape):
         raise ValueError(
             f"features must be an integer or an event shape of integers >= 1, got {features!r}"
         )
-    if math.prod(shape) < 2:
+    known = cast("list[int]", shape)
+    if math.prod(known) < 2:
         raise ValueError(f"features must be at least 2 in all, got {features!r}")
-    return torch.Size(shape)
+    return torch.Size(known)
 
 
 def _hidden(
     hidden: int | Sequence[int] | Sequence[Sequence[int]], couplings: int
 ) -> list[tuple[int, ...]]:
     """Each coupling's own hidden widths."""
-    if isinstance(hidden, int):
-        return [(hidden,)] * couplings
+    if as_integer(hidden) is not None:
+        return [(cast("int", as_integer(hidden)),)] * couplings
     check_type("hidden", hidden, Iterable, "widths")
-    given = list(hidden)
-    if not any(isinstance(width, Sequence) for width in given):
-        return [tuple(cast("list[int]", given))] * couplings
-    if len(given) != couplings or not all(isinstance(own, Sequence) for own in given):
+    given = list(cast("Sequence[Any]", hidden))
+    if not any(isinstance(width, Iterable) for width in given):
+        return [_plain(given)] * couplings
+    if len(given) != couplings or not all(isinstance(own, Iterable) for own in given):
         raise ValueError(
             f"hidden must be widths, or one sequence of widths for each of {couplings} couplings, "
             f"got {hidden!r}"
         )
-    return [tuple(own) for own in cast("list[Sequence[int]]", given)]
+    return [_plain(own) for own in given]
+
+
+def _plain(widths: Iterable[Any]) -> tuple[int, ...]:
+    """Integers as Python's own; what is none is left to :class:`nicefast.MLP`, which names it."""
+    given = tuple(widths)
+    known = [as_integer(width) for width in given]
+    return tuple(w if k is None else k for w, k in zip(given, known, strict=True))

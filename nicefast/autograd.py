@@ -154,9 +154,16 @@ class SamplePrior(Function):
 
     @staticmethod
     def forward(
-        log_scale: Tensor, n: int, row_offset: int, seed: int, prior: str, dtype: torch.dtype
+        log_scale: Tensor,
+        n: int,
+        row_offset: int,
+        seed: int | Tensor,
+        prior: str,
+        dtype: torch.dtype,
     ) -> Tensor:
-        return torch.ops.nicefast.sample_prior(log_scale, n, row_offset, seed, prior, dtype)
+        ops = torch.ops.nicefast
+        draw = ops.sample_prior_seeded if isinstance(seed, Tensor) else ops.sample_prior
+        return draw(log_scale, n, row_offset, seed, prior, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

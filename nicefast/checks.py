@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterable
-from numbers import Integral, Real
-from typing import Any
+from numbers import Real
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,25 +75,52 @@ def check_density(h: Tensor, log_scale: Tensor, prior: str) -> None:
     check_device("log_scale", log_scale, h)
 
 
-def check_count(name: str, count: int, least: int = 0) -> None:
-    """An integer of 64 bits, at least ``least``."""
-    if isinstance(count, bool) or not isinstance(count, int | torch.SymInt) or count < least:
+def as_integer(value: Any) -> int | None:
+    """The value as Python's own integer (torch's symbolic ones as they are); None for what is no
+    integer, as bools and floats.
+
+    >>> as_integer(np.int64(3)), as_integer(True), as_integer(3.0)
+    (3, None, None)
+    """
+    if isinstance(value, torch.SymInt):
+        return cast("int", value)
+    if isinstance(value, bool | np.bool_ | np.ndarray | Tensor):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_count(name: str, count: Any, least: int = 0) -> int:
+    """An integer of 64 bits, Python's or NumPy's, at least ``least``, as Python's own."""
+    found = as_integer(count)
+    if found is None or found < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
-    if isinstance(count, int) and count >= 1 << 63:
+    if isinstance(found, int) and found >= 1 << 63:
         raise ValueError(f"{name} must be below 2^63, got {count}")
+    return found
 
 
-def check_seed(seed: int) -> None:
-    """0 <= seed < 2^63."""
-    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt | Integral):
+def check_seed(seed: Any) -> int:
+    """0 <= seed < 2^63, as Python's own integer."""
+    found = as_integer(seed)
+    if found is None:
         raise TypeError(f"seed must be an integer, got {seed!r}")
-    if not 0 <= seed < 1 << 63:
+    if not 0 <= found < 1 << 63:
         raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
+    return found
 
 
 def is_number(value: object) -> bool:
     """Whether it is a real number, Python's or NumPy's: a bool is none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def plain_number(value: Any) -> float:
+    """A real number as Python's own: an integer stays one."""
+    found = as_integer(value)
+    return float(value) if found is None else found
 
 
 def check_number(name: str, value: float, finite: bool = True) -> None:
@@ -156,7 +184,8 @@ def check_levels(levels: Tensor, k: int | None, low: float, high: float) -> None
         raise ValueError(
             f"levels must have shape (N, ...) with at least one feature, got {tuple(levels.shape)}"
         )
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= 1 << 16):
+    count = None if k is None else as_integer(k)
+    if k is not None and (count is None or not 2 <= count <= 1 << 16):
         raise ValueError(f"k must be an integer from 2 to 65536, or None, got {k!r}")
     if k is None and (low, high) != (0.0, 1.0):
         raise ValueError(f"low and high need k, the number of levels; got {low} and {high}")

@@ -116,8 +116,8 @@ def evaluate(
     """
     check_type("rows", rows, Tensor, "a torch.Tensor")
     check_type("preprocessing", preprocessing, Preprocessing, "a Preprocessing")
-    check_count("draws", draws, 1)
-    check_seed(seed)
+    draws = check_count("draws", draws, 1)
+    seed = check_seed(seed)
     if rows.ndim < 1 or len(rows) < 2:
         raise ValueError(f"rows must be two or more, got shape {tuple(rows.shape)}")
     discrete = not rows.is_floating_point()

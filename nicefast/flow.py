@@ -99,6 +99,7 @@ class NICE(Fingerprinted):
     ) -> None:
         super().__init__()
         plan = architecture(features, hidden, couplings, prior, partition)
+        context = check_count("context", context)
         self.event_shape, partitions, widths, configuration = plan
         self.features = math.prod(self.event_shape)
         self.context = context
@@ -302,33 +303,39 @@ class NICE(Fingerprinted):
         >>> flow.sample(3, generator=torch.Generator().manual_seed(0)).shape
         torch.Size([3, 4])
         """
-        check_count("n", n, 0)
+        n = check_count("n", n, 0)
         batch, c = self._sample_context(n, context)
         total = math.prod(batch)
-        check_count("batch_size", 1 if batch_size is None else batch_size, 1)
+        if batch_size is not None:
+            batch_size = check_count("batch_size", batch_size, 1)
         step = batch_size or max(total, 1)
         seed = F.draw_seed(generator)
         if step >= total:
             return self._draw(total, 0, seed, _repeat(c, n, 0, total)).view(
                 *batch, *self.event_shape
             )
-        out = torch.empty(
-            total, self.features, dtype=self.dtype, device=self.scaling.log_scale.device
-        )
-        for start in range(0, total, step):
-            rows = out[start : start + step]
-            rows.copy_(self._draw(len(rows), start, seed, _repeat(c, n, start, start + len(rows))))
+        spans = [(start, min(start + step, total)) for start in range(0, total, step)]
+        pieces = (self._draw(b - a, a, seed, _repeat(c, n, a, b)) for a, b in spans)
+        if watchers.is_transformed():  # other tensors may stand in the place of the pieces
+            return torch.cat(list(pieces)).view(*batch, *self.event_shape)
+        device = self.scaling.log_scale.device
+        out = torch.empty(total, self.features, dtype=self.dtype, device=device)
+        for (a, b), piece in zip(spans, pieces, strict=True):
+            out[a:b] = piece
         return out.view(*batch, *self.event_shape)
 
-    def _draw(self, n: int, row_offset: int, seed: int, context: Tensor | None) -> Tensor:
+    def _draw(self, n: int, row_offset: int, seed: int | Tensor, context: Tensor | None) -> Tensor:
         """Rows ``row_offset`` to ``row_offset + n`` of a sample."""
         log_scale = self.scaling.log_scale
         rows = torch.empty(n, self.features, dtype=self.dtype, device=log_scale.device)
         plan = self.plan(rows, context)
         if plan.name == "kernel":
-            return cast("KernelEngine", plan.engine).sample(n, row_offset, seed, context)
+            return cast("KernelEngine", plan.engine).sample(
+                n, row_offset, cast("int", seed), context
+            )
         h = self._noise(n, seed, row_offset)
-        if plan.name != "layers":
+        # a transformation may have put other tensors in the place of h or of the context alone
+        if plan.name != "layers" or watchers.is_transformed():
             return self._couple(plan, h, context, inverse=True)
         for coupling in reversed(self._couplings()):
             coupling.inverse_(h, context)
@@ -348,7 +355,7 @@ class NICE(Fingerprinted):
         >>> torch.allclose(flow.log_prob(x), log_prob, atol=1e-4)
         True
         """
-        check_count("n", n, 0)
+        n = check_count("n", n, 0)
         batch, c = self._sample_context(n, context)
         h = self._noise(math.prod(batch), F.draw_seed(generator), 0)
         log_prob = self._log_density(h)
@@ -383,7 +390,7 @@ class NICE(Fingerprinted):
         True
         """
         if batch is not None:
-            check_count("batch", batch, 1)
+            batch = check_count("batch", batch, 1)
         return FrozenFlow(self, batch)
 
     def graphed(self, batch: int, method: str = "log_prob") -> GraphedFlow:
@@ -402,7 +409,7 @@ class NICE(Fingerprinted):
         >>> torch.allclose(flow.graphed(256)(x), flow.log_prob(x))
         True
         """
-        check_count("batch", batch, 1)
+        batch = check_count("batch", batch, 1)
         check_choice("method", method, METHODS)
         warnings.warn(
             "NICE.graphed is deprecated: use NICE.frozen(batch)", DeprecationWarning, stacklevel=2
@@ -441,7 +448,7 @@ class NICE(Fingerprinted):
         >>> print(nf.NICE(4, hidden=(8,)).explain().splitlines()[0])
         rows: every coupling is an MLP's, on one partition
         """
-        check_count("rows", rows, 1)
+        rows = check_count("rows", rows, 1)
         log_scale = self.scaling.log_scale
         device = log_scale.device
         like = torch.empty(1, self.features, dtype=self.dtype, device=device).expand(rows, -1)
@@ -535,7 +542,7 @@ class NICE(Fingerprinted):
             ) from None
         return rows, context.reshape(math.prod(batch), self.context)
 
-    def _noise(self, n: int, seed: int, row_offset: int) -> Tensor:
+    def _noise(self, n: int, seed: int | Tensor, row_offset: int) -> Tensor:
         log_scale = self.scaling.log_scale
         plain = self.grid is not None or is_plain_scaling(self.scaling)
         h = F.sample_prior(

@@ -244,7 +244,7 @@ def sample_prior(
     n: int,
     prior: str = "logistic",
     *,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
     dtype: torch.dtype | None = None,
@@ -258,7 +258,8 @@ def sample_prior(
         log_scale: (D,).
         n: number of rows, >= 0.
         prior: ``"logistic"`` or ``"normal"``.
-        seed: 0 <= seed < 2^63; by default drawn from ``generator`` (by default torch's own).
+        seed: 0 <= seed < 2^63, or the tensor that :func:`draw_seed` gives; by default drawn from
+            ``generator`` (by default torch's own).
         generator: where the seed is drawn from.
         row_offset: index of the first row, for samples drawn in batches.
         dtype: of the result; that of ``log_scale`` by default.
@@ -276,20 +277,21 @@ def sample_prior(
     check_prior(prior)
     if log_scale.ndim != 1 or log_scale.shape[0] < 1:
         raise ValueError(f"log_scale must have shape (D,), got {tuple(log_scale.shape)}")
-    check_count("n", n)
-    check_count("row_offset", row_offset)
+    n = check_count("n", n)
+    row_offset = check_count("row_offset", row_offset)
     dtype = dtype or log_scale.dtype
     check_type("dtype", dtype, torch.dtype, "a torch.dtype")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     if seed is None:
         seed = draw_seed(generator)
-    check_seed(seed)
-    if watchers.wants_definition():
+    if not isinstance(seed, Tensor):
+        seed = check_seed(seed)
+    if watchers.wants_definition() and not isinstance(seed, Tensor):
         check_log_scale(log_scale)
         return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
     arguments = log_scale, n, row_offset, seed, prior, dtype
-    if _is_plain_call(log_scale):
+    if _is_plain_call(log_scale) and not isinstance(seed, Tensor):
         return torch.ops.nicefast.sample_prior(*arguments)
     return autograd.SamplePrior.apply(*arguments)
 
@@ -341,8 +343,8 @@ def dequantise(
     check_kind_of_number("high", high)
     low, high = float(low), float(high)
     check_levels(levels, k, low, high)
-    check_count("row_offset", row_offset)
-    check_seed(seed)
+    row_offset = check_count("row_offset", row_offset)
+    seed = check_seed(seed)
     rows = levels if levels.ndim == 2 else levels.flatten(1)
     x = torch.ops.nicefast.dequantise(rows, k, row_offset, seed, low, high)
     return x.view(levels.shape)
@@ -363,8 +365,11 @@ def _columns(f: Features) -> slice | Tensor:
     return columns_of(f.indices, f.start, f.step, f.size)
 
 
-def draw_seed(generator: torch.Generator | None = None) -> int:
+def draw_seed(generator: torch.Generator | None = None) -> int | Tensor:
     """A seed for :func:`sample_prior`, drawn from ``generator`` (by default torch's own).
+
+    An integer; where numbers cannot be read, within ``torch.compile``, ``FakeTensorMode`` and
+    ``torch.func.vmap(randomness="different")``, an int64 tensor without dimensions.
 
     >>> import torch, nicefast as nf
     >>> nf.functional.draw_seed(torch.Generator().manual_seed(0)) >= 0
@@ -374,7 +379,8 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
         check_type("generator", generator, torch.Generator, "a torch.Generator")
     device = "cpu" if generator is None else generator.device
     high = torch.iinfo(torch.int64).max
-    return int(torch.randint(high, (), generator=generator, device=device))
+    seed = torch.randint(high, (), generator=generator, dtype=torch.int64, device=device)
+    return int(seed) if watchers.has_values(seed) else seed
 
 
 def _elsewhere(t: Tensor, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -42,11 +43,12 @@ def check_grid(grid: float) -> float:
         ...
     ValueError: grid must be a power of two from 2^-100 to 2^100, got 0.3
     """
-    if isinstance(grid, bool) or not isinstance(grid, int | float):
+    if isinstance(grid, bool) or not isinstance(grid, Real):
         raise TypeError(f"grid must be a number, got {type(grid).__name__}")
+    grid = float(grid)
     if not 2.0**-100 <= grid <= 2.0**100 or math.frexp(grid)[0] != 0.5:
         raise ValueError(f"grid must be a power of two from 2^-100 to 2^100, got {grid!r}")
-    return float(grid)
+    return grid
 
 
 def limit(grid: float, dtype: torch.dtype) -> float:

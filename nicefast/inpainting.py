@@ -71,9 +71,9 @@ def masks(height: int, width: int, seed: int = 0) -> dict[str, Tensor]:
     {'top': 8, 'bottom': 8, 'even': 8, 'odd': 8, 'left': 8, 'right': 8, 'middle-rows': 8,
     'middle-columns': 8}
     """
-    check_count("height", height, 4)
-    check_count("width", width, 4)
-    check_seed(seed)
+    height = check_count("height", height, 4)
+    width = check_count("width", width, 4)
+    seed = check_seed(seed)
     i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     n = i * width + j
     u = torch.rand((2, height, width), generator=torch.Generator().manual_seed(int(seed)))
@@ -161,7 +161,7 @@ def inpaint(
         raise TypeError(f"model must have log_prob, got {type(model).__name__}")
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be a function, got {type(transform).__name__}")
-    check_seed(seed)
+    seed = check_seed(seed)
     seed = int(seed)
     observed = _check(x, observed, method, steps, low, high, noise, restarts)
     target = _Target(model, noise, transform, low, high)
@@ -335,9 +335,10 @@ def _check(
             f"observed must be broadcastable to x, {tuple(x.shape)}, got {tuple(observed.shape)}"
         ) from None
     check_choice("method", method, METHODS)
-    check_count("steps", steps)
-    check_count("restarts", restarts, 1)
-    check_count("noise", 2 if noise is None else noise, 2)
+    steps = check_count("steps", steps)
+    restarts = check_count("restarts", restarts, 1)
+    if noise is not None:
+        check_count("noise", noise, 2)
     if method == "paper" and restarts > 1:
         raise ValueError(f"restarts must be 1 for method 'paper', got {restarts}")
     check_number("low", low)

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from . import exact, watchers
 from . import functional as F  # noqa: N812
-from .checks import check_choice, check_count, check_tensor, check_type, is_number
+from .checks import (
+    as_integer,
+    check_choice,
+    check_count,
+    check_tensor,
+    check_type,
+    is_number,
+)
 from .fingerprint import Fingerprinted
 from .grid import check_grid, check_range, round_to_grid
 from .ops import check_log_scale
@@ -63,16 +70,19 @@ class MLP(Fingerprinted):
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        if isinstance(hidden, int):
-            hidden = (hidden,)
+        if as_integer(hidden) is not None:
+            hidden = (cast("int", hidden),)
         check_type("hidden", hidden, Iterable, "widths")
-        widths = [in_features, *hidden, out_features]
-        if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
+        hidden = tuple(hidden)
+        sizes = [as_integer(width) for width in (in_features, *hidden, out_features)]
+        if any(size is None or size < 1 for size in sizes):
             raise ValueError(
                 f"in_features, hidden and out_features must be integers >= 1, "
-                f"got {in_features!r}, {tuple(hidden)!r}, {out_features!r}"
+                f"got {in_features!r}, {hidden!r}, {out_features!r}"
             )
-        check_count("context", context)
+        widths = cast("list[int]", sizes)
+        in_features, out_features = widths[0], widths[-1]
+        context = check_count("context", context)
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
         self.in_features, self.out_features = in_features, out_features
@@ -258,7 +268,7 @@ class Scaling(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        check_count("features", features, 1)
+        features = check_count("features", features, 1)
         self.log_scale = nn.Parameter(torch.zeros(features))
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -271,6 +271,32 @@ _define(
     ),
     lambda log_scale, *_: check_log_scale(log_scale),
 )
+_library.define(
+    "sample_prior_seeded(Tensor log_scale, SymInt n, SymInt row_offset, Tensor seed, str prior, "
+    "ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _sample_prior_seeded(
+    log_scale: Tensor, n: int, row_offset: int, seed: Tensor, prior: str, dtype: torch.dtype
+) -> Tensor:
+    """``sample_prior`` with a seed that is read when the operation runs."""
+    return torch.ops.nicefast.sample_prior(log_scale, n, row_offset, int(seed), prior, dtype)
+
+
+for _device in _DEVICES:
+    _library.impl("sample_prior_seeded", _sample_prior_seeded, _device)
+torch.library.register_fake(
+    "nicefast::sample_prior_seeded",
+    lambda log_scale, n, row_offset, seed, prior, dtype: log_scale.new_empty(
+        (n, log_scale.shape[0]), dtype=dtype
+    ),
+    lib=_library,
+)
+torch.library.register_vmap(
+    "nicefast::sample_prior_seeded", _one_by_one("sample_prior_seeded"), lib=_library
+)
 _define(
     "sample_prior_backward(Tensor grad_h, Tensor h, ScalarType dtype) -> Tensor",
     reference.sample_prior_backward,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # of make_fx(pre_dispatch=True), say; not in every build
 _modes_before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", int)
@@ -57,10 +58,17 @@ def has_modes() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_fake() -> bool:
+    """Whether a mode gives every tensor a shape and no numbers."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def has_values(t: Tensor) -> bool:
     """Whether ``t``'s numbers can be looked at."""
     return not (
         is_compiled()
+        or is_fake()
+        or type(t) is FakeTensor
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )

@@ -241,6 +241,20 @@ def test_presets_and_data_are_listed():
     for name in ("digits", "mnist", "cifar10", "tfd"):
         assert f"{name}: " in known.output
     assert "missing: train_32x32.mat" in known.output
+    assert "looked in no/such/folder, and in folders there" in known.output
+
+
+def test_data_names_every_folder_that_it_looked_in(monkeypatch, tmp_path):
+    monkeypatch.delenv("NICEFAST_DATA", raising=False)
+    assert "looked in data, /usr/share/datasets, and" in run("data").output
+    monkeypatch.setenv("NICEFAST_DATA", f"{tmp_path}/a:{tmp_path}/b")
+    assert f"looked in {tmp_path}/a, {tmp_path}/b, and" in run("data").output
+
+
+def test_hidden_that_is_given_again_adds_layers(table, tmp_path):
+    quick = [*QUICK, "--hidden", "5,4"]  # QUICK has 8
+    assert run("fit", table, "--out", tmp_path / "run", *quick).exit_code == 0
+    assert Configuration.of_file(tmp_path / "run" / "config.toml").model["hidden"] == (8, 5, 4)
 
 
 def test_an_existing_folder_is_kept_unless_told_otherwise(table, tmp_path):

@@ -28,7 +28,7 @@ from ways import Definition, assert_as_exact, check, data, gradients, leaves, re
 )
 def test_values_and_gradients_are_those_of_float64(way, device, activation, context, prior):
     options = {"activation": activation, "context": context, "prior": prior}
-    check(way, make(7, device=device, **options))
+    check(way, make(7, device=device, couplings=2, **options))
 
 
 @pytest.mark.parametrize("partition", partitions(6)[::2], ids=str)
@@ -36,7 +36,7 @@ def test_every_partition(way, device, partition):
     check(way, make(6, device=device, partition=partition, couplings=2, activation="tanh"))
 
 
-@pytest.mark.parametrize("sides", ["0", "0110", "1011010"])
+@pytest.mark.parametrize("sides", ["0", "0110", "10110"])
 def test_couplings_in_any_order(way, device, sides):
     half = nf.Partition.half(5)
     own = [half if side == "0" else ~half for side in sides]
@@ -48,7 +48,7 @@ def test_couplings_in_any_order(way, device, sides):
 def test_any_hidden_layers(way, device, hidden):
     if way.name == "kernel" and not hidden:
         pytest.skip("no kernel without a hidden layer")
-    check(way, make(6, device=device, hidden=hidden, activation="gelu"))
+    check(way, make(6, device=device, hidden=hidden, couplings=2, activation="gelu"))
 
 
 @pytest.mark.parametrize(("features", "width"), [(2, 64), (7, 16), (150, 64), (16, 500)])
@@ -59,7 +59,7 @@ def test_small_shifts_are_added_with_all_their_digits(way, device, features, wid
     for coupling in model.couplings:
         for p in coupling.conditioner.linears[-1].parameters():
             torch.nn.init.normal_(p, 0, 0.02)
-    check(way, model, rows=100)
+    check(way, model, rows=60)
 
 
 @pytest.mark.parametrize("activation", ["elu", "tanh", "silu", "gelu"])
@@ -76,8 +76,9 @@ def test_gradients_through_saturated_units(way, device, activation):
 # rows -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize(
+    ("value", "activation"), [(torch.nan, "relu"), (torch.inf, "tanh"), (-torch.inf, "relu")]
+)
 def test_what_is_no_number_stays_in_its_row(way, device, value, activation):
     model = make(6, device=device, activation=activation, couplings=2, context=2)
     flow, (x, c) = way.of(model), data(model, 17)
@@ -97,8 +98,9 @@ def test_what_is_no_number_stays_in_its_row(way, device, value, activation):
         assert torch.equal(grads[1][::2], grads[0][::2])
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight", torch.nan), ("bias", torch.inf), ("weight", 1e38)]
+)
 def test_parameters_that_are_no_numbers_show(way, device, name, value):
     model = make(6, device=device, hidden=(24, 16, 20), couplings=2)
     with torch.no_grad():
@@ -116,7 +118,7 @@ def test_parameters_that_are_no_numbers_show(way, device, name, value):
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "expanded"])
 def test_rows_and_cotangents_lie_in_any_way(way, device, kind):
-    model = make(6, device=device, context=2)
+    model = make(6, device=device, couplings=2, context=2)
     flow, (x, c) = way.of(model), data(model, 40)
     x, c = strided(x, kind), strided(c, kind)
     with torch.no_grad():
@@ -156,7 +158,7 @@ def expanded(p):
 
 @pytest.mark.parametrize("layout", [apart, turned, expanded])
 def test_parameters_lie_in_any_way(way, device, layout):
-    model = make(6, device=device, activation="tanh")
+    model = make(6, device=device, couplings=2, activation="tanh")
     for linear in (linear for own in model.couplings for linear in own.conditioner.linears):
         for name in ("weight", "bias"):
             p = getattr(linear, name)
@@ -183,27 +185,25 @@ def test_no_row_and_one(way, device, rows, context):
 
 
 def test_leading_dimensions_narrow_rows_and_contexts_that_broadcast(way, device):
-    model = make((2, 3), device=device, context=2)
+    model = make((2, 3), device=device, couplings=2, context=2)
     flow = way.of(model)
     x, _ = data(model, 5, batch=(3,))
-    for c in (torch.randn(5, 2), torch.randn(3, 1, 2), torch.randn(2), torch.randn(3, 5, 2)):
-        for dtype in (torch.float32, torch.float16):
-            own, rows = c.to(device, dtype), x.to(dtype)
-            with torch.no_grad():
-                found = flow.log_prob(rows, own)
-                with nf.set_backend("reference"):
-                    expected = model.log_prob(rows, own)
-                assert found.dtype == torch.float32
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-            if way.name != "frozen":
-                ends = rows.requires_grad_(), own.requires_grad_()
-                grads = torch.autograd.grad(flow.log_prob(*ends).sum(), ends)
-                with nf.set_backend("reference"):
-                    known = torch.autograd.grad(model.log_prob(*ends).sum(), ends)
-                for g, e in zip(grads, known, strict=True):
-                    torch.testing.assert_close(
-                        g, e, atol=2e-2 if g.dtype == torch.float16 else 1e-4, rtol=1e-2
-                    )
+    wide, narrow = torch.float32, torch.float16
+    for shape, dtype in (((5, 2), wide), ((2,), narrow), ((3, 1, 2), narrow), ((3, 5, 2), wide)):
+        own, rows = torch.randn(shape, device=device).to(dtype), x.to(dtype, copy=True)
+        with torch.no_grad():
+            found = flow.log_prob(rows, own)
+            with nf.set_backend("reference"):
+                expected = model.log_prob(rows, own)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        if way.name != "frozen":
+            ends, atol = (rows.requires_grad_(), own.requires_grad_()), 200 * torch.finfo(dtype).eps
+            grads = torch.autograd.grad(flow.log_prob(*ends).sum(), ends)
+            with nf.set_backend("reference"):
+                known = torch.autograd.grad(model.log_prob(*ends).sum(), ends)
+            for g, e in zip(grads, known, strict=True):
+                torch.testing.assert_close(g, e, atol=atol / 10, rtol=1e-2)
 
 
 # gradients --------------------------------------------------------------------------------------
@@ -211,6 +211,7 @@ def test_leading_dimensions_narrow_rows_and_contexts_that_broadcast(way, device)
 
 @ways("rows", "recompute", "kernel", "gemm", "layers")
 @pytest.mark.parametrize("method", ["log_prob", "forward", "inverse"])
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # that they are not float64
 def test_gradients_of_gradients_and_of_many_at_once(way, device, method):
     model = make(4, device=device, hidden=(5,), couplings=2, activation="tanh", context=1)
     flow, (x, c) = way.of(model), data(model, 3, requires_grad=True)

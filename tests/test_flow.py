@@ -237,14 +237,11 @@ def test_parameters_are_never_stale():
 def test_dropout_goes_layer_by_layer_in_training_and_by_products_otherwise():
     model = make(dropout=0.25)
     x = torch.randn(5, 6)
-    path = nf.choose_path(model, x)
-    assert (path.name, path.reason.split(": ")[1]) == (
-        "layer by layer",
-        "dropout, in training mode",
-    )
+    plan = model.plan(x)
+    assert (plan.name, plan.reason.split(": ")[1]) == ("layers", "dropout, in training mode")
     assert not torch.equal(model.log_prob(x), model.log_prob(x))
     model.eval()
-    assert nf.choose_path(model, x).name == "products"
+    assert model.plan(x).name == "rows"
     plain = make()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.log_prob(x), plain.log_prob(x))
@@ -260,15 +257,15 @@ def test_each_coupling_may_have_hidden_layers_of_its_own():
 
 def test_explain(device):
     text = make().explain(rows=1000)
-    assert text.startswith("products: every coupling")
-    assert "1000 rows in one piece" in text
+    assert text.startswith("rows: every coupling")
+    assert "1000 rows in 1 blocks of at most 1000" in text
     assert "9 products, float32 operands" in text
     # 3 couplings of 3 -> 16 -> 8 -> 3: 600 weights, 81 biases; 6 of log_scale
     assert "log_prob: 1,200,000 flop of products, 30,748 bytes" in text
     assert "H100 SXM" in text
     assert "plain PyTorch on cpu" in text
-    assert "(8 hidden units at most)" in make(40, hidden=(8,)).explain(rows=1)
-    assert make().double().explain().startswith("layer by layer: float64 rows")
+    assert "with gradients: the engine saves" in text
+    assert make().double().explain().startswith("layers: float64 rows")
     with nf.set_backend("reference"):
         assert "'reference' was asked for" in make().explain()
     pytest.importorskip("triton", reason="needs Triton")

@@ -35,6 +35,8 @@ def samples(device):
             g = torch.randn(3, 6, device=device) if return_z else None
             yield ops.scale_log_prob_backward, (g, torch.randn(3, device=device), x, s, prior)
         yield ops.sample_prior, (s, 4, 2, 7, prior, torch.float32)
+        seed = torch.tensor(7)
+        yield ops.sample_prior_seeded, (s, 4, 2, seed, prior, torch.float32)
     yield ops.sample_prior_backward, (x, x, torch.float32)
     levels = torch.randint(0, 17, (3, 6), device=device)
     yield ops.dequantise, (levels, 17, 2, 7, -1.0, 1.0)

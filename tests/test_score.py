@@ -68,6 +68,26 @@ def test_keys_columns_and_bad_rows(place, tmp_path):
     assert "row 3" in strict.stderr
 
 
+def test_an_option_that_is_given_again_adds_to_what_it_had(place, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = np.load(place / "rows.npy")
+    table = {f"x{i}": rows[:, i] for i in range(4)} | {"id": range(500), "name": ["n"] * 500}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    out = tmp_path / "scores.parquet"
+    result = run(
+        "score", place / "run", tmp_path / "rows.parquet", "--out", out, "--keys", "id",
+        "--keys", "name", "--columns", "x0,x1", "--columns", "x2", "--columns", "x3",
+        "--outputs", "log_prob", "--outputs", "bits_per_dim",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    scored = pq.read_table(out)
+    assert scored.column_names == ["id", "name", "log_prob", "bits_per_dim"]
+    expected = nf.score(place / "run", rows).values["log_prob"]
+    np.testing.assert_array_equal(scored["log_prob"].to_numpy(), expected)
+
+
 def test_two_processes_write_the_file_of_one(place, tmp_path):
     outs = []
     for world in (1, 2):

@@ -56,6 +56,13 @@ def test_the_table_has_every_device_and_precision_and_its_assumptions():
     assert "A bound, not a promise: 0.5 of the roofline" in fleet.table(share=0.5)
 
 
+def test_hidden_that_is_given_again_adds_layers(capsys):
+    fleet.main(["--hidden", "64", "--hidden", "32", "16"])
+    assert capsys.readouterr().out == fleet.table(hidden=(64, 32, 16)) + "\n"
+    fleet.main([])
+    assert capsys.readouterr().out == fleet.table() + "\n"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

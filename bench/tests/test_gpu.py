@@ -152,9 +152,7 @@ def test_the_check_on_a_gpu(tmp_path):
     assert f"--junitxml={tmp_path}/out/rest.xml" in rest
     assert f"--out {tmp_path}/out/default.jsonl" in bench
     for line in (bench, compiled):
-        options = command._parser(skipped := []).parse_args(
-            shlex.split(line.split(" -m bench ")[1])
-        )
+        options = command._parse(shlex.split(line.split(" -m bench ")[1]), skipped := [])
         assert not skipped
         assert options.device == "cuda"
     for name in ("kernels/test_flow_kernels", "test_functional"):

@@ -488,6 +488,21 @@ def test_known_choices_go_on_beside_unknown_ones(monkeypatch, tmp_path, capsys):
     assert "got nobody: left out" in said
 
 
+def test_an_option_that_is_given_again_adds_to_what_it_had():
+    asked = "--direction training --direction log_prob --case tabular --case=MNIST,CIFAR"
+    asked += " --dtype=bf16,float32 --dtype float32"
+    options = command._parse(asked.split(), skipped := [])
+    assert options.direction == ["log_prob", "training"]
+    assert options.case == ["tabular", "MNIST", "CIFAR"]
+    assert options.dtype == ["float32", "bf16"]
+    assert options.provider == list(command.PROVIDERS)
+    assert command._parse([], skipped).dtype is None
+    assert not skipped
+    command._parse(["--case", "D9", "--case", "MNIST"], skipped)
+    assert len(skipped) == 1
+    assert skipped[0].endswith("got D9: left out")
+
+
 def test_unknown_commands_and_devices_are_refused(capsys):
     assert command.main(["frobnicate"]) == 2
     message = capsys.readouterr().err

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import Dataset, inventory, load_data
+from ..data.sources import roots
 from ..evaluation import Evaluation
 from ..ranks import own_device, process_group
 from ..runs import Run, carry_out, run_folder, write_run
@@ -41,7 +42,9 @@ def fit_command(
     out: Annotated[Path | None, _option("Run folder; runs/PRESET by default.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
-    hidden: Annotated[str | None, _option("Widths of hidden layers, as 256,256.")] = None,
+    hidden: Annotated[
+        list[str] | None, _option("Widths of hidden layers, as 256,256; again for more layers.")
+    ] = None,
     couplings: Annotated[int | None, _option("Number of additive couplings.")] = None,
     partition: Annotated[str | None, _option("half, alternating, checkerboard or random.")] = None,
     prior: Annotated[str | None, _option("logistic or normal.")] = None,
@@ -92,7 +95,7 @@ def fit_command(
     }
     with one_line_errors():
         changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-        if hidden is not None:
+        if hidden:
             changes["model.hidden"] = _widths(hidden)
         changes |= dict(_change(text) for text in change or ())
         settings = _start(data, preset, config).changed(changes)
@@ -160,11 +163,16 @@ def data_command(data_dir: DataDir = None) -> None:
             state = f"missing: {', '.join(entry.missing)}"
         screen.print(f"[bold]{entry.name}[/bold]: {entry.description}", soft_wrap=True)
         screen.print(f"    {state}", soft_wrap=True)
-    looked = [str(place) for place in entries[0].looked_in] if entries else []
-    screen.print(f"\nlooked in {', '.join(looked)} (--data-dir, NICEFAST_DATA)", soft_wrap=True)
+    looked = ", ".join(map(str, roots(data_dir)))
+    screen.print(
+        f"\nlooked in {looked}, and in folders there that are named as a set (--data-dir, "
+        "NICEFAST_DATA)",
+        soft_wrap=True,
+    )
 
 
-def _widths(hidden: str) -> tuple[int, ...]:
+def _widths(texts: list[str]) -> tuple[int, ...]:
+    hidden = ",".join(texts)
     try:
         widths = tuple(int(width) for width in hidden.split(","))
     except ValueError:

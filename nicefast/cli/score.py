@@ -16,11 +16,17 @@ from ..scoring import OUTPUTS, Scores, score
 from .common import app, console, one_line_errors
 
 
-def _names(text: str | None) -> list[Any] | None:
+def _parts(texts: list[str]) -> list[str]:
+    """The parts between commas, of an option that may be given again."""
+    return [part for text in texts for part in text.split(",")]
+
+
+def _names(texts: list[str] | None) -> list[Any] | None:
     """``a,b,3`` as names and positions; None where nothing was said."""
-    if text is None:
+    if texts is None:
         return None
-    return [int(part) if part.lstrip("-").isdigit() else part for part in text.split(",") if part]
+    parts = [part for part in _parts(texts) if part]
+    return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
 
 
 @app.command("score")
@@ -30,11 +36,19 @@ def score_command(
         str, typer.Argument(help="A file, a folder of Parquet files, or a quoted glob.")
     ],
     out: Annotated[Path, typer.Option(help="What to write: .npy, .parquet or .csv.")],
-    outputs: Annotated[str, typer.Option(help=f"Some of {', '.join(OUTPUTS)}.")] = "log_prob",
-    columns: Annotated[
-        str | None, typer.Option(help="Feature columns, names or positions.", show_default=False)
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Some of {', '.join(OUTPUTS)}; again for more.", show_default="log_prob"
+        ),
     ] = None,
-    keys: Annotated[str, typer.Option(help="Columns to carry over unchanged.")] = "",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="Feature columns, names or positions; again for more."),
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option(help="Columns to carry over unchanged; again for more.")
+    ] = None,
     header: Annotated[
         str, typer.Option(help="Whether a .csv begins with names: yes, no or auto.")
     ] = "auto",
@@ -66,7 +80,7 @@ def score_command(
                 model,
                 source,
                 out,
-                outputs=tuple(outputs.split(",")),
+                outputs=tuple(_parts(outputs or ["log_prob"])),
                 columns=_names(columns),
                 keys=_names(keys) or (),
                 header=header,

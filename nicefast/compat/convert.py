@@ -80,7 +80,7 @@ def convert(
         check_prior(prior)
     if context is not None:
         context = operator.index(context)
-        check_count("context", context)
+        context = check_count("context", context)
     classes = (sequential,) if isinstance(sequential, type) else tuple(sequential)
     steps, base, event = read(flow, prior)
     floating = [t.detach() for t in flow.parameters() if t.is_floating_point()]

@@ -14,6 +14,7 @@ from zuko.flows import coupling as theirs
 from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.utils import broadcast
 
+from ..checks import check_count
 from ..fingerprint import Fingerprinted
 from ..layers import describe_coupling
 from ..partition import Partition
@@ -154,8 +155,7 @@ class Scaling(LazyTransform):  # type: ignore[misc]
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if not isinstance(features, int) or features < 1:
-            raise ValueError(f"features must be an integer >= 1, got {features!r}")
+        features = check_count("features", features, 1)
         self.log_scale = nn.Parameter(torch.zeros(features))
 
     def forward(self, c: Tensor | None = None) -> Transform:

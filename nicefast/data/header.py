@@ -62,9 +62,10 @@ def is_header(
 
     >>> is_header("rows.csv", ["height", "weight"], [["1", "2"]])
     True
-    >>> is_header("rows.csv", ["0", "1"], [["0.5", "0.1"]])
-    Traceback (most recent call last):
-    nicefast.data.matlab.WrongError: the first line may be a header or a row: 0, 1; say which: ...
+    >>> is_header("rows.csv", ["0", "0", "7"], [["0", "3", "255"]])
+    False
+    >>> is_header("rows.csv", ["0", "1", "2"], [["0.5", "0.1", "0.3"]], header="yes")
+    True
     """
     said = said_header(header)
     if said is not None:

@@ -44,8 +44,8 @@ def toy(name: str, n: int, seed: int = 0) -> Tensor:
     torch.Size([5, 2])
     """
     found = _found(name)
-    check_count("n", n)
-    check_seed(seed)
+    n = check_count("n", n)
+    seed = check_seed(seed)
     return found.sample(n, torch.Generator().manual_seed(int(seed))).float()
 
 

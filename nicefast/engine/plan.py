@@ -142,6 +142,8 @@ def why_layers(x: Tensor, context: Tensor | None) -> str | None:
         return "torch.compile sees every operation"
     if watchers.is_traced():
         return "a trace of every operation"
+    if watchers.is_fake():
+        return "tensors without numbers"
     if watchers.is_transformed():
         return "torch.func transforms every operation"
     if watchers.has_tangents():

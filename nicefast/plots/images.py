@@ -168,7 +168,7 @@ def plot_neighbours(
         check_type("distances", distances, Tensor, "a torch.Tensor")
         if tuple(distances.shape) != (len(above),):
             raise ValueError(f"distances must be ({len(above)},), got {tuple(distances.shape)}")
-    check_count("columns", columns, 1)
+    columns = check_count("columns", columns, 1)
     columns = min(columns, len(above))
     rows = -(-len(above) // columns)
     pairs = torch.stack([above, below], 1)
@@ -214,7 +214,7 @@ def sample_grid(images: Tensor, path: str | Path, columns: int = 10) -> None:
     True
     """
     tiles = check_images("images", images)
-    check_count("columns", columns, 1)
+    columns = check_count("columns", columns, 1)
     picture = tiled(tiles, min(columns, len(tiles)))
     figure = figure_of(picture.shape[1] / 150, picture.shape[0] / 150)
     figure.set_layout_engine("none")

@@ -55,7 +55,7 @@ def interpolate(model: Flow, a: Tensor, b: Tensor, steps: int) -> Tensor:
             f"a and b must both have shape (R, {', '.join(map(str, event))}), "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    check_count("steps", steps, 2)
+    steps = check_count("steps", steps, 2)
     ends = [model.forward(x)[0].flatten(1).unsqueeze(1) for x in (a, b)]
     t = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=a.device).view(1, -1, 1)
     weights = (1 - t, t)
@@ -100,7 +100,7 @@ def nearest(samples: Tensor, train: Tensor, chunk: int = 4096) -> tuple[Tensor, 
             f"samples and train must be (M, *event_shape) and (N, *event_shape) with N >= 1, "
             f"got {tuple(samples.shape)} and {tuple(train.shape)}"
         )
-    check_count("chunk", chunk, 1)
+    chunk = check_count("chunk", chunk, 1)
     indices = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
     distances = torch.full((len(samples),), torch.inf, dtype=torch.float64, device=samples.device)
     for start in range(0, len(train), chunk):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..checks import is_number
 from ..spacing import multiples_below, on_grid
 from .moments import Rows, blocks, moments, wide
 
@@ -362,7 +363,7 @@ def check_width(x: Tensor, mean: Tensor) -> None:
 
 def check_numbers(**numbers: Any) -> None:
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")

@@ -205,8 +205,9 @@ def _check(
     resume: bool,
     ranks: Ranks,
 ) -> None:
-    check_count("batch_rows", 1 if batch_rows is None else batch_rows, 1)
-    check_count("chunk_rows", chunk_rows, 1)
+    if batch_rows is not None:
+        check_count("batch_rows", batch_rows, 1)
+    chunk_rows = check_count("chunk_rows", chunk_rows, 1)
     if path is None:
         if resume:
             raise ValueError("resume is for a file: out must be given")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from .journal import FORMAT, Entry, Folder, Journal, Kept, Total, blocks, chunk_
 from .sinks import FileSink, Layout
 
 Span = tuple[int, int | None]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors that do not say which disk is full
 TOLERANCE = 1e-4  # relative and absolute, of a chunk that another processor scores again
 
 
@@ -96,6 +98,8 @@ class Job(NamedTuple):
         except BaseException as error:
             if why_not and chief:
                 folder.discard()
+            if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+                error.filename = str(folder.path)
             if isinstance(error, KeyboardInterrupt):
                 what = f"go on with --resume: {folder.path}"
                 raise KeyboardInterrupt(

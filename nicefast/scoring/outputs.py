@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_type, filled
+from ..checks import as_integer, check_count, check_type, filled
 from ..devices import dtype_of
 from ..evaluation import Density
+from ..flow import NICE
 from ..preprocessing import Preprocessing
 from ..preprocessing.moments import wide
 from .models import event_shape
@@ -78,12 +79,15 @@ class Scorer:
             needs = ("forward",) if name == "z" else ("forward", "prior", "scaling")
             if not all(hasattr(model, n) for n in needs):
                 raise ValueError(f"output {name!r} needs a NICE, got {type(model).__name__}")
-        check_count("draws", draws, 1)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        draws = check_count("draws", draws, 1)
+        if (found := as_integer(seed)) is None or not 0 <= found < 1 << 63:
             raise ValueError(f"seed must be an integer, 0 <= seed < 2^63, got {seed!r}")
+        seed = found
         if reference is not None and "percentile" not in self.outputs:
             raise ValueError("reference is for the output 'percentile', which was not asked for")
         self.model: Any = model
+        # what computes densities without gradients: it reads and arranges the weights once
+        self.frozen: Any = model.frozen() if type(model) is NICE else model
         self.preprocessing = preprocessing
         self.features, self.seed = features, seed
         self.discrete = preprocessing is not None and preprocessing.discrete
@@ -185,11 +189,11 @@ class Scorer:
             found["gradient"] = gradient.flatten(1)
             log_prob = log_prob.detach()
         elif self._wants_log_prob:
-            log_prob = self.model.log_prob(x)
+            log_prob = self.frozen.log_prob(x)
         if self._wants_log_prob:
             found["log_prob"] = log_prob if log_det is None else wide(log_prob) + log_det
         if {"z", "terms"} & {*self.outputs}:
-            z = self.model.forward(x)[0]
+            z = self.frozen.forward(x)[0]
             if "z" in self.outputs:
                 found["z"] = z.flatten(1)
             if "terms" in self.outputs:

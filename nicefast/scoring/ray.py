@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ..checkpoint import load, save
+from ..checks import as_integer
 from ..flow import NICE
 from ..preprocessing import Preprocessing
 from .models import evaluating, resolve
@@ -80,7 +81,8 @@ def score_dataset(
     Scorer(flow, steps, features=flow.features, **options)  # what is wrong is said here, not there
     if steps is not None and steps.noisy and row is None:
         raise ValueError("row must name the column that numbers the rows: integers get noise by it")
-    least, most = (workers, workers) if isinstance(workers, int) else workers
+    count = as_integer(workers)
+    least, most = (count, count) if count is not None else cast("tuple[int, int]", workers)
     return dataset.map_batches(
         Worker,
         fn_constructor_kwargs={

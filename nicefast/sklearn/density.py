@@ -178,7 +178,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
         fit; dropped columns hold their constants. ValueError for a negative ``n_samples``.
         """
         check_is_fitted(self)
-        check_count("n_samples", n_samples)
+        n_samples = check_count("n_samples", n_samples)
         seed = int(check_random_state(random_state).randint(SEEDS))
         drawn = self._flow.sample(n_samples, seed)
         rows = np.empty((n_samples, self.n_features_in_))

@@ -176,7 +176,7 @@ def mean_log_prob(
 ) -> Array:
     """Mean over noise draws of ``density`` of rows with noise; one draw where none is needed."""
     draws = _plain(draws)
-    check_count("noise_draws", draws, 1)
+    draws = check_count("noise_draws", draws, 1)
     draws = draws if spacing.any() else 1
     total = density(with_noise(rows, spacing))
     for draw in range(1, draws):

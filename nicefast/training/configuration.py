@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_choice, check_type
+from ..checks import as_integer, check_choice, check_type
 from .fitting import check_training_seed
 from .presets import PRESETS
 from .recipe import Recipe
@@ -53,9 +53,10 @@ class Configuration:
         check_type("recipe", self.recipe, Recipe, "a Recipe")
         if unknown := [key for key in self.model if key not in MODEL]:
             raise ValueError(f"model.{unknown[0]} is unknown: one of {', '.join(MODEL)}")
-        check_training_seed(self.seed)
-        if not isinstance(self.noise_draws, int) or self.noise_draws < 1:
+        object.__setattr__(self, "seed", check_training_seed(self.seed))
+        if (draws := as_integer(self.noise_draws)) is None or draws < 1:
             raise ValueError(f"noise_draws must be at least 1, got {self.noise_draws}")
+        object.__setattr__(self, "noise_draws", draws)
 
     @classmethod
     def of_preset(cls, name: str, data: str | None = None) -> Configuration:

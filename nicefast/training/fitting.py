@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_path, check_type
+from ..checks import as_integer, check_number, check_path, check_type
 from ..data import Dataset
 from ..evaluation import density, mean_score
 from ..flow import NICE
@@ -95,7 +95,7 @@ def fit(
     check_type("data", data, Dataset, "a Dataset")
     check_type("preprocessing", preprocessing, Preprocessing, "a Preprocessing")
     check_type("recipe", recipe, Recipe | None, "a Recipe")
-    check_training_seed(seed)
+    seed = check_training_seed(seed)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function, got {type(progress).__name__}")
     if snapshot is not None:
@@ -119,10 +119,12 @@ def fit(
     return run.finish()
 
 
-def check_training_seed(seed: int) -> None:
-    """0 <= seed < 2^62: the noise of training begins there."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < TRAINING_NOISE:
+def check_training_seed(seed: Any) -> int:
+    """0 <= seed < 2^62, as Python's own integer: the noise of training begins there."""
+    found = as_integer(seed)
+    if found is None or not 0 <= found < TRAINING_NOISE:
         raise ValueError(f"seed must be from 0 to 2^62 - 1, got {seed!r}")
+    return found
 
 
 class _Fit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ..checks import check_choice, is_number
+from ..checks import as_integer, check_choice, is_number, plain_number
 from ..evaluation import OBJECTIVES
 from ..precision import MATMUL
 from .optimisers import SCHEDULES
@@ -81,14 +81,12 @@ class Recipe:
 
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, int) and (
-                isinstance(value, bool) or not isinstance(value, int)
-            ):
-                check(field.name, False, "an integer")
-            if isinstance(field.default, float) and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                check(field.name, False, "a number")
+            if isinstance(field.default, int) and not isinstance(field.default, bool):
+                check(field.name, as_integer(value) is not None, "an integer")
+                object.__setattr__(self, field.name, as_integer(value))
+            if isinstance(field.default, float):
+                check(field.name, is_number(value), "a number")
+                object.__setattr__(self, field.name, plain_number(value))
         for name in ("epochs", "patience", "batch_size", "average_every", "validation_draws"):
             check(name, getattr(self, name) >= 1, "at least 1")
         for name, known in (

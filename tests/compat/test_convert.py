@@ -364,7 +364,7 @@ def test_flows_of_mlps_take_the_fast_path_and_can_be_saved(peer, accelerated, tm
     assert torch.equal(state, torch.get_rng_state())
     same(converted, x, expected)
     with nf.set_backend("auto"):
-        assert nf.choose_path(converted, x).name in ("products", "whole flow")
+        assert converted.plan(x).name in ("rows", "kernel", "gemm")
     nf.save(converted, tmp_path / "flow.safetensors")
     assert torch.equal(nf.load(tmp_path / "flow.safetensors").log_prob(x), converted.log_prob(x))
 
@@ -501,7 +501,7 @@ def test_classes_of_the_user_are_seen_as_sequential_where_named():
     pytest.importorskip("nflows")
     flow = stir(nice("nflows", net=lambda i, o: Ignoring(*sequential(i, o)))).eval()
     x = rows(6, torch.float32)
-    assert nf.choose_path(convert(flow), x).name == "layer by layer"
+    assert convert(flow).plan(x).name == "layers"
     fast = convert(flow, sequential=Ignoring)
     assert type(fast.couplings[0].conditioner) is nf.MLP
     for converted in (convert(flow), fast):

@@ -75,7 +75,7 @@ def test_fmu2(dtype, kind, mask_config, middle):
     torch.testing.assert_close(flow.log_prob(x), expected, **TOLERANCE[dtype])
     assert not {p.data_ptr() for p in flow.parameters()} & {t.data_ptr() for t in state.values()}
     if dtype == torch.float32:
-        assert nf.choose_path(flow, x).name in ("products", "whole flow")
+        assert flow.plan(x).name in ("rows", "kernel", "gemm")
     opposite = from_state_dict(
         state, "fmu2/NICE", prior=kind, partition=nf.Partition.alternating(D)
     )

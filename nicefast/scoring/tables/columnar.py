@@ -303,24 +303,24 @@ class Arrow(Columnar):
 
     def __init__(self, path: Path, _: str | None, wanted: Wanted) -> None:
         arrow_of(path)
-        pages = Paged(path)
-        self._random, self._messages = messages(pages)
-        with self._opened(pages, None) as reader:
-            self.schema = reader.schema
+        with Paged(path) as pages:
+            self._random, self._messages = messages(pages)
+            with self._opened(pages, None) as reader:
+                self.schema = reader.schema
 
-            def batches(names: list[str]) -> Iterator[Any]:
-                return (batch for _, batch in self._batches(pages, names))
+                def batches(names: list[str]) -> Iterator[Any]:
+                    return (batch for _, batch in self._batches(pages, names))
 
-            super().__init__(path, self.schema, wanted, batches)
-        # A column of each batch says how many rows it has; the integers also what is missing.
-        lacking = self.may_lack()
-        asked = lacking or [min(self.read_names, key=self._width)]
-        with_nulls: set[str] = set()
-        self.lengths: list[int] = []
-        for _message, batch in self._batches(pages, asked):
-            self.lengths.append(batch.num_rows)
-            names = batch.schema.names
-            with_nulls |= {n for n in lacking if has_nulls(batch.column(names.index(n)))}
+                super().__init__(path, self.schema, wanted, batches)
+            # A column of each batch says how many rows it has; the integers also what is missing.
+            lacking = self.may_lack()
+            asked = lacking or [min(self.read_names, key=self._width)]
+            with_nulls: set[str] = set()
+            self.lengths: list[int] = []
+            for _message, batch in self._batches(pages, asked):
+                self.lengths.append(batch.num_rows)
+                names = batch.schema.names
+                with_nulls |= {n for n in lacking if has_nulls(batch.column(names.index(n)))}
         self.rows = sum(self.lengths)
         self.decide(with_nulls)
 
@@ -379,26 +379,26 @@ class Arrow(Columnar):
             while skipped < len(self.lengths) and start >= self.lengths[skipped]:
                 start -= self.lengths[skipped]
                 skipped += 1
-            pages = Paged(self.path)
-            for message, batch in self._batches(pages, self.read_names, skipped):
-                names = batch.schema.names
-                columns = [batch.column(names.index(name)) for name in self.read_names]
-                whole = [one for one in columns if not _has_rows(one.type)]
-                if not message.packed:
-                    for column in whole:
-                        _read_whole(pages, column)
-                for begin, end in spans(start, batch.num_rows, first, size, self.step):
+            with Paged(self.path) as pages:
+                for message, batch in self._batches(pages, self.read_names, skipped):
+                    names = batch.schema.names
+                    columns = [batch.column(names.index(name)) for name in self.read_names]
+                    whole = [one for one in columns if not _has_rows(one.type)]
                     if not message.packed:
-                        for column in columns:
-                            _read_rows(pages, column, begin, end)
-                    piece = self.piece(batch.slice(begin, end - begin), dtype)
-                    # Keys are used later than the pages that they are in.
-                    keys = {name: _copied(key) for name, key in piece.keys.items()}
-                    if not message.packed and not whole:
-                        pages.drop(message.body, message.end)
-                    yield Piece(piece.values, keys)
-                    first = (first - (end - begin)) % size or size
-                start = 0
+                        for column in whole:
+                            _read_whole(pages, column)
+                    for begin, end in spans(start, batch.num_rows, first, size, self.step):
+                        if not message.packed:
+                            for column in columns:
+                                _read_rows(pages, column, begin, end)
+                        piece = self.piece(batch.slice(begin, end - begin), dtype)
+                        # Keys are used later than the pages that they are in.
+                        keys = {name: _copied(key) for name, key in piece.keys.items()}
+                        if not message.packed and not whole:
+                            pages.drop(message.body, message.end)
+                        yield Piece(piece.values, keys)
+                        first = (first - (end - begin)) % size or size
+                    start = 0
 
 
 def _copied(column: Any) -> Any:

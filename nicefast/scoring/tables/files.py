@@ -173,16 +173,23 @@ def read_into(file: IO[bytes], onto: Any, offset: int) -> None:
 class Paged:
     """Memory of a file's size that holds those bytes of the file, at their places, that were read.
 
-    Takes no more memory than what is read and not dropped again.
+    Takes no more memory than what is read and not dropped again, and keeps the file open in a
+    ``with`` block.
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+        self._path = path
+
+    def __enter__(self) -> Paged:
+        self._file = self._path.open("rb", buffering=0)
+        size = os.fstat(self._file.fileno()).st_size
         # No memory is set aside for pages that may never be used.
         flags = {"flags": _ANONYMOUS} if _ANONYMOUS else {}
         self.bytes = mmap.mmap(-1, size, **flags)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def read(self, start: int, stop: int) -> memoryview:
         """The bytes from ``start`` up to ``stop``, read anew; WrongError beyond the file's end."""
