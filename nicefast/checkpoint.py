@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import tensorfile
 from .checks import check_path, check_type
@@ -40,6 +42,8 @@ def save(model: NICE, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, NICE):
         raise TypeError(f"model must be a nicefast.NICE, got {type(model).__name__}")
     check_path("path", path)
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model is on the meta device: its parameters have no values to save")
     ties = _ties(model)
     rebuilt = _build(model.configuration)
     _tie(rebuilt, ties)
@@ -89,30 +93,30 @@ def load(
     except KeyError as problem:
         raise ValueError(f"{path} does not fit its own configuration: no {problem}") from None
     except (TypeError, ValueError, RuntimeError) as problem:
-        said = " ".join(str(problem).split())
+        said = textwrap.shorten(str(problem), 300)
         raise ValueError(f"{path} does not fit its own configuration: {said}") from None
     if not model.scaling.log_scale.isfinite().all():
         raise ValueError(f"{path} holds a log_scale that is not finite")
     return model.eval()
 
 
-def _from_parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> NICE:
-    configuration = json.loads(metadata["configuration"])
+def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> NICE:
+    configuration = tensorfile.plain(metadata, "configuration")
     _check_size(configuration, tensors)
     model = _build(configuration)
     wrong = [k for k, v in tensors.items() if not (v.dtype.is_floating_point or k.endswith(KEY))]
     if wrong:
         raise ValueError(f"{wrong[0]} is not floating point")
     model.load_state_dict(tensors, assign=True)
-    _tie(model, json.loads(metadata.get("ties", "[]")))
+    ties = json.loads(metadata.get("ties", "[]"))
+    _tie(model, ties)
+    _check_ties(model, tensors, ties)
     return model
 
 
-def _check_size(configuration: Any, tensors: dict[str, torch.Tensor]) -> None:
+def _check_size(configuration: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """ValueError where a configuration asks for more than the tensors hold, before it is built: a
     small file must not make a large flow."""
-    if not isinstance(configuration, dict):
-        raise ValueError("the configuration is no JSON object")
     features, hidden = configuration["features"], configuration["hidden"]
     partition, context = configuration["partition"], configuration.get("context", 0)
     log_scale = tensors["scaling.log_scale"]
@@ -163,16 +167,50 @@ def _is_inside(name: str, modules: list[str]) -> bool:
 
 
 def _tie(model: NICE, groups: Any) -> None:
-    """Make one of what :func:`_ties` found to be one."""
-    for first, *others in groups:
-        owner, _, name = first.rpartition(".")
-        shared = getattr(model.get_submodule(owner), name)
-        for other in others:
+    """Make one of what :func:`_ties` found to be one. ValueError for names that are none of modules
+    of the same structure, or of parameters of the same shape."""
+    if not isinstance(groups, list) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups
+    ):
+        raise ValueError(f"ties are no lists of names: {groups!r}")
+    if len({name for names in groups for name in names}) != sum(map(len, groups)):
+        raise ValueError(f"ties have a name twice: {groups!r}")
+    known = _shared_kinds(model) if groups else {}
+    for names in groups:
+        for other in names[1:]:
+            if known.get(other) is None or known.get(names[0]) != known[other]:
+                raise ValueError(f"{other!r} cannot be the same as {names[0]!r}")
             owner, _, name = other.rpartition(".")
-            holder = model.get_submodule(owner)
-            if type(getattr(holder, name)) is not type(shared):
-                raise ValueError(f"{other} cannot be the same as {first}")
-            setattr(holder, name, shared)
+            first_owner, _, first_name = names[0].rpartition(".")
+            shared = getattr(model.get_submodule(first_owner), first_name)
+            setattr(model.get_submodule(owner), name, shared)
+
+
+def _shared_kinds(model: NICE) -> dict[str, Any]:
+    """What two modules or parameters must agree on to be the same, by their names."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[name] = _structure(module) if name else None
+    for name, p in model.named_parameters(remove_duplicate=False):
+        found[name] = p.shape
+    return found
+
+
+def _check_ties(model: NICE, tensors: dict[str, Tensor], groups: list[list[str]]) -> None:
+    """ValueError where what is one was not saved with the same values."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for first, *others in groups:
+        inside = [f".{key}" for key in modules[first].state_dict()] if first in modules else [""]
+        for other in others:
+            for key in inside:
+                if not _is_same(tensors[first + key], tensors[other + key]):
+                    raise ValueError(f"{other} and {first} are the same, but have other values")
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether all bits are: NaN is the same as NaN."""
+    bits = [t.contiguous().view(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and torch.equal(*bits)
 
 
 def _build(configuration: dict[str, Any]) -> NICE:
@@ -181,18 +219,20 @@ def _build(configuration: dict[str, Any]) -> NICE:
     features = configuration.pop("features")
     partition = configuration.pop("partition")
     if not isinstance(partition, str):
-        partition = [Partition.from_mask(torch.tensor(m, dtype=torch.bool)) for m in partition]
+        partition = [
+            Partition.from_mask(torch.tensor(m, dtype=torch.bool, device="cpu")) for m in partition
+        ]
     with torch.device("meta"):
         return NICE(features, partition=partition, **configuration)
 
 
-def _structure(model: NICE) -> list[Any]:
-    """Modules and parameters by their names; the order in which a module holds them does not
-    count."""
-    modules: list[Any] = [
-        (name, type(m), m.extra_repr())
-        for name, m in model.named_modules(remove_duplicate=False)
-        if type(m) is not AdditiveCoupling  # which shows a partition's name
-    ]
-    shapes = [(name, p.shape) for name, p in sorted(model.state_dict().items())]
-    return [*sorted(modules, key=lambda m: m[0]), *(c.partition for c in model.couplings), *shapes]
+def _structure(module: nn.Module) -> list[Any]:
+    """Modules, partitions and parameters inside by their names; the order in which a module holds
+    them does not count."""
+    modules: list[Any] = []
+    for name, m in module.named_modules(remove_duplicate=False):
+        # a coupling shows its partition's name, and equal ones may have different names
+        shown = m.described() if isinstance(m, AdditiveCoupling) else m.extra_repr()
+        modules.append((name, type(m), shown))
+    shapes = [(name, p.shape) for name, p in sorted(module.state_dict().items())]
+    return [*sorted(modules, key=lambda m: m[0]), *shapes]

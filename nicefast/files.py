@@ -39,8 +39,8 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def put(partial: Path, path: Path) -> None:
     """Give the complete ``partial``, a file or a folder beside it, the name ``path``, for good."""
-    if not partial.is_dir():
-        os.chmod(partial, _usual_mode(partial))
+    if not partial.is_dir() and (mode := _usual_mode(partial)) != partial.stat().st_mode & 0o777:
+        os.chmod(partial, mode)
     sync(partial)
     os.replace(partial, path)
     sync_names(path.parent)

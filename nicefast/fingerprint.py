@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
-KEY = "fingerprint"
+KEY = "_extra_state"  # PyTorch's own name for what a module adds to its state_dict
 
 
 class Fingerprinted(nn.Module):
@@ -29,11 +30,9 @@ class Fingerprinted(nn.Module):
         """What a state_dict must agree on."""
         raise NotImplementedError
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + KEY] = fingerprint(self.described())
+    def get_extra_state(self) -> Tensor:
+        """What the state_dict has under :data:`KEY`."""
+        return fingerprint(self.described())
 
     def _load_from_state_dict(
         self,
@@ -46,12 +45,10 @@ class Fingerprinted(nn.Module):
         error_msgs: list[str],
     ) -> None:
         given = state_dict.pop(prefix + KEY, None)
-        own = fingerprint(self.described())
-        if given is not None and not _equal(given, own):
-            error_msgs.append(
-                f"{prefix}{KEY}: these tensors are of a {type(self).__name__} with another "
-                f"{self.says}"
-            )
+        if given is not None and not _equal(given, self.get_extra_state()):
+            where = f"{prefix.removesuffix('.')}: " if prefix else ""
+            kind = type(self).__name__
+            error_msgs.append(f"{where}these tensors are of a {kind} with another {self.says}")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -69,9 +66,10 @@ def fingerprint(text: str) -> Tensor:
 
 
 def _equal(given: Any, own: Tensor) -> bool:
-    """Also where a mean of equal fingerprints was taken, as averages of state_dicts are."""
-    if not isinstance(given, Tensor) or given.shape != own.shape:
+    """Also where a mean of equal fingerprints was taken, as averages of state_dicts are; and where
+    tensors have no values: on the meta device, in FakeTensorMode."""
+    if not isinstance(given, Tensor) or given.shape != own.shape or given.is_complex():
         return False
-    if given.is_meta:
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in (given, own)):
         return True
     return torch.equal(given.detach().double().round().to("cpu"), own.double())

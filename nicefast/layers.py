@@ -192,8 +192,7 @@ class AdditiveCoupling(Fingerprinted):
     says = "partition or grid"
 
     def described(self) -> str:
-        bits = "".join("01"[bit] for bit in self.partition.mask.tolist())
-        return f"partition {bits} and grid {self.grid}"
+        return describe_coupling(self.partition, self.grid)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self._couple(x, context)
@@ -243,6 +242,15 @@ class AdditiveCoupling(Fingerprinted):
 
     def extra_repr(self) -> str:
         return repr(self.partition) + ("" if self.grid is None else f", grid={self.grid:g}")
+
+
+def describe_coupling(partition: Partition, grid: float | None = None) -> str:
+    """What the shapes of a coupling's parameters do not show.
+
+    >>> describe_coupling(Partition.alternating(5), 0.5)
+    'partition 10101 and grid 0.5'
+    """
+    return f"partition {partition.pattern} and grid {grid}"
 
 
 class Scaling(nn.Module):

@@ -46,6 +46,7 @@ class Partition:
     Attributes:
         features: D.
         mask: bool tensor (D,), True where a feature conditions and stays unchanged (a copy).
+        pattern: the mask as text, one digit for each feature.
         conditioning, shifted: int64 index tensors of the two sides, ascending (copies).
 
     >>> import nicefast as nf
@@ -159,6 +160,11 @@ class Partition:
     @property
     def mask(self) -> Tensor:
         return torch.tensor(list(self._bits), dtype=torch.bool, device="cpu")
+
+    @property
+    def pattern(self) -> str:
+        """The mask as text, one digit for each feature: 1 = conditioning."""
+        return "".join(map(str, self._bits))
 
     @property
     def conditioning(self) -> Tensor:

@@ -23,7 +23,7 @@ from .checkpoint import load, save
 from .data import Dataset
 from .devices import usable_device
 from .evaluation import Density, Evaluation, density, evaluate, row_scores
-from .files import sync, sync_names
+from .files import naming, sync, sync_names, written
 from .flow import NICE
 from .preprocessing import Preprocessing
 from .ranks import Ranks
@@ -147,7 +147,7 @@ def carry_out(
     config = configuration
     chief = Ranks.here().rank == 0
     if chief:
-        (folder / CONFIG).write_text(config.toml())
+        _write_text(folder / CONFIG, config.toml())
     torch.manual_seed(config.seed)
     preprocessing = Preprocessing.fit(
         list(config.preprocessing), data.train, data.levels, config.seed
@@ -160,8 +160,9 @@ def carry_out(
     with open(folder / METRICS if chief else os.devnull, "w") as metrics:
 
         def told(epoch: Epoch) -> None:
-            metrics.write(json.dumps(epoch._asdict()) + "\n")
-            metrics.flush()
+            with naming(folder / METRICS):
+                metrics.write(json.dumps(epoch._asdict()) + "\n")
+                metrics.flush()
             watcher.epoch(epoch)
 
         history = fit(
@@ -197,7 +198,8 @@ def write_run(folder: Path, run: Run) -> list[str]:
     """
     save(run.model, folder / "model.safetensors")
     run.preprocessing.save(folder / "preprocessing.safetensors")
-    (folder / "result.json").write_text(json.dumps(_result(run), indent=2, allow_nan=False) + "\n")
+    result = json.dumps(_result(run), indent=2, allow_nan=False)
+    _write_text(folder / "result.json", result + "\n")
     data, seed = run.data, run.configuration.seed
     shown = GRID if plots.is_image(data.event_shape) else POINTS
     samples = run.model.sample(shown, generator=torch.Generator().manual_seed(seed)).cpu()
@@ -222,6 +224,11 @@ def write_run(folder: Path, run: Run) -> list[str]:
     if not torch.equal(before, after):
         raise RuntimeError("the saved model does not score the test rows as the model did")
     return sorted(path.name for path in folder.iterdir() if path.name != SNAPSHOT)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with written(path) as partial:
+        partial.write_text(text)
 
 
 def _training_rows(data: Dataset, preprocessing: Preprocessing, config: Configuration) -> Tensor:

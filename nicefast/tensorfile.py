@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -96,6 +97,23 @@ def read(
     if device is not None:
         tensors = {k: t.to(device) for k, t in tensors.items()}
     return tensors, metadata
+
+
+def plain(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The JSON object in the metadata under ``key``; ValueError where there is none.
+
+    >>> plain({"about": '{"step": 3}'}, "about")
+    {'step': 3}
+    """
+    if key not in metadata:
+        raise ValueError(f"its metadata have no {key!r}")
+    try:
+        found = json.loads(metadata[key])
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{key!r} is no JSON ({problem})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{key!r} is no JSON object")
+    return found
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

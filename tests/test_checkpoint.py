@@ -196,9 +196,10 @@ def test_metadata_that_are_no_json_or_missing(tmp_path):
         metadata = file.metadata()
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     for change, says in (
-        ({"configuration": "{"}, "does not fit its own configuration"),
-        ({"configuration": None}, "does not fit its own configuration: no 'configuration'"),
-        ({"configuration": "[]"}, "the configuration is no JSON object"),
+        ({"configuration": "{"}, "does not fit its own configuration: 'configuration' is no JSON"),
+        ({"configuration": "[" * 10**5}, "'configuration' is no JSON .maximum recursion"),
+        ({"configuration": None}, "its own configuration: its metadata have no 'configuration'"),
+        ({"configuration": "[]"}, "'configuration' is no JSON object"),
         ({"digest": None}, "its metadata have no 'digest'"),
     ):
         found = {k: v for k, v in (metadata | change).items() if v is not None}
@@ -252,6 +253,53 @@ def test_what_is_shared_stays_shared(tmp_path, kind):
     assert (first is third) == (kind == "conditioner")
     assert (first.linears[1] is third.linears[1]) == (kind != "weight")
     assert (first.linears[0].weight is third.linears[0].weight) == (kind != "linear")
+
+
+@pytest.mark.parametrize(
+    "ties",
+    [
+        7,
+        ["couplings.0"],
+        [["couplings.0.conditioner", 1]],
+        [["couplings.0.conditioner", "couplings.9.conditioner"]],
+        [["couplings.0.__class__", "scaling.__class__"]],
+        [["couplings.0.partition", "couplings.1.partition"]],
+        [["couplings.0", "couplings.1"]],
+        [["couplings", "couplings.0.conditioner.linears"]],  # a module within itself
+        [["", "scaling"]],
+        [["couplings.0.conditioner", "couplings.1.conditioner"]],  # other values
+        [["couplings.0.conditioner", "couplings.2.conditioner"]] * 1000,
+    ],
+)
+def test_ties_that_are_none_are_refused(tmp_path, ties):
+    path = tampered(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"ties": json.dumps(ties)}
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {"digest": tensorfile.digest(tensors, metadata)})
+    with pytest.raises(ValueError, match="does not fit its own configuration") as error:
+        nf.load(path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_a_flow_without_values_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="model is on the meta device"):
+        nf.save(make().to("meta"), tmp_path / "flow.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_under_a_default_device_and_dtype(tmp_path):
+    model = make(partition=[nf.Partition.random(8, i) for i in range(3)])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            nf.save(model, tmp_path / "flow.safetensors")
+            again = nf.load(tmp_path / "flow.safetensors")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x = torch.randn(3, 1, 2, 4)
+    assert torch.equal(again.log_prob(x), model.log_prob(x))
 
 
 def test_permissions_follow_the_umask(tmp_path):

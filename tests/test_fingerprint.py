@@ -10,6 +10,11 @@ import nicefast as nf
 from nicefast.fingerprint import KEY
 
 x = torch.randn(5, 6)
+DIGESTS = {
+    "_extra_state": [101, 10, 112, 112, 199, 81, 140, 172],
+    "couplings.0._extra_state": [238, 171, 80, 175, 54, 232, 205, 167],
+    "couplings.0.conditioner._extra_state": [140, 201, 125, 12, 161, 249, 52, 148],
+}
 
 
 def flow(**options):
@@ -52,7 +57,7 @@ def test_a_layer_of_ones_own_is_looked_at_too():
             nf.AdditiveCoupling(nf.Partition.random(6, seed), torch.nn.Linear(3, 3))
         )
 
-    with pytest.raises(RuntimeError, match=r"0\.fingerprint: .* another partition"):
+    with pytest.raises(RuntimeError, match=r"0: these tensors are of a.* another partition"):
         layer(1).load_state_dict(layer(2).state_dict())
     layer(1).load_state_dict(layer(1).state_dict())
 
@@ -89,7 +94,85 @@ def test_torch_func_and_compile_do_not_see_it():
     expected = own.log_prob(x)
     called = torch.func.functional_call(own, dict(own.named_parameters()), (x,))
     assert torch.allclose(called[0], own(x)[0])
+    assert torch.allclose(torch.func.functional_call(own, own.state_dict(), (x,))[0], called[0])
     state, _ = torch.func.stack_module_state([own, flow()])
     assert not any(k.endswith(KEY) for k in state)
+    own = flow(partition="half")
+    expected = own.log_prob(x)
     compiled = torch.compile(own.log_prob, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), expected, atol=1e-5)
+
+
+def test_fake_tensors_have_no_values_to_compare():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    state = flow(partition="half").state_dict()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        own = flow(partition="half")
+        own.load_state_dict(own.state_dict())
+        own.load_state_dict(state, assign=True)
+
+
+def test_a_default_device_and_dtype_change_nothing():
+    own = flow()
+    before = own.state_dict()
+    with torch.device("meta"):
+        assert all(v.device.type == "cpu" for v in own.state_dict().values())
+        own.load_state_dict(before)
+    torch.set_default_dtype(torch.float64)
+    try:
+        own.load_state_dict(before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoints_know_it(tmp_path):
+    """torch.distributed.checkpoint looks up every key of a state_dict in the module."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    own, again = flow(), flow()
+    set_model_state_dict(again, get_model_state_dict(own))
+    assert torch.equal(again.log_prob(x), own.log_prob(x))
+    dcp.save({"model": own.state_dict()}, checkpoint_id=tmp_path)
+    found = {"model": flow().state_dict()}
+    dcp.load(found, checkpoint_id=tmp_path)
+    again = flow()
+    again.load_state_dict(found["model"])
+    assert torch.equal(again.log_prob(x), own.log_prob(x))
+    with pytest.raises(RuntimeError, match="another prior"):
+        set_model_state_dict(flow(prior="normal"), get_model_state_dict(own))
+
+
+def test_what_is_described_keeps_its_digest():
+    """Or state_dicts of this version were refused by the next."""
+    own = nf.NICE(4, hidden=(3,), couplings=1, partition="half")
+    found = {k: v.tolist() for k, v in own.state_dict().items() if k.endswith(KEY)}
+    assert found == DIGESTS
+
+
+def test_one_that_is_wrong_is_noticed_wherever_it_is():
+    for key in DIGESTS:
+        own = nf.NICE(4, hidden=(3,), couplings=1, partition="half")
+        state = own.state_dict()
+        state[key] = state[key] + 1
+        with pytest.raises(RuntimeError, match="these tensors are of a"):
+            own.load_state_dict(state)
+
+
+def test_zuko_couplings_have_one():
+    zuko = pytest.importorskip("zuko", reason="needs zuko")
+    from nicefast.compat.zuko import AdditiveCoupling, Logistic, Scaling
+
+    def lazy(seed):
+        partition = nf.Partition.random(6, seed)
+        layer = AdditiveCoupling(partition, nf.MLP(3, (4,), 3))
+        return zuko.lazy.Flow([layer, Scaling(6)], Logistic(6))
+
+    own = lazy(1)
+    with pytest.raises(RuntimeError, match="AdditiveCoupling with another partition"):
+        own.load_state_dict(lazy(2).state_dict())
+    own.load_state_dict(lazy(1).state_dict())
+    old = {k: v for k, v in lazy(2).state_dict().items() if not k.endswith(KEY)}
+    own.load_state_dict(old, strict=True)

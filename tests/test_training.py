@@ -445,7 +445,15 @@ def test_a_changed_bit_of_a_snapshot_is_noticed(tmp_path):
         lambda a: a.update(records=[[2, 0.0, 0.0, 0.0, 0.0]]),
         lambda a: a.update(best=[9, 0.0, 0.0, 0.0, 0.0]),
         lambda a: a.update(best=None),
+        lambda a: a.update(taken=2 * a["taken"]),
+        lambda a: a.update(best=[*a["best"][:2], math.inf, *a["best"][3:]]),
+        lambda a: a.update(records=[[*r[:2], math.inf, *r[3:]] for r in a["records"]], best=None),
+        lambda a: a.update(records=[[1.0, *r[1:]] for r in a["records"]]),
+        lambda a: a.update(records=10**400),
+        lambda a: a["fit"].update(recipe=7),
+        lambda a: a["fit"].pop("seed"),
         lambda a: a.update(seconds="a"),
+        lambda a: a.update(seconds=10**400),
         lambda a: a.update(seconds=math.nan),
     ],
 )
@@ -457,8 +465,72 @@ def test_every_field_of_a_snapshot_is_looked_at(tmp_path, change):
     tensors, about = read_snapshot(snapshot, torch.device("cpu"))
     change(about)
     write_snapshot(snapshot, tensors, about)
-    with pytest.raises(ValueError, match=r"snapshot is (damaged|of another fit)"):
-        fit_tiny(tiny_model(), recipe=recipe, snapshot=snapshot, resume=True)
+    is_refused(snapshot, recipe)
+
+
+def is_refused(snapshot, recipe, says="(damaged|of another fit)"):
+    """In one line, and the model is what it was."""
+    model = tiny_model()
+    before = flat(model).clone()
+    with pytest.raises(ValueError, match=rf"snapshot is {says}") as error:
+        fit_tiny(model, recipe=recipe, snapshot=snapshot, resume=True)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 800
+    assert torch.equal(flat(model), before)
+
+
+def without(tensors, group, name):
+    del tensors[group][name]
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "rmsprop"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("model"),
+        lambda t: t.pop("best"),
+        lambda t: t.pop("step"),
+        lambda t: without(t, "model", "scaling.log_scale"),
+        lambda t: without(t, "step", "total"),
+        lambda t: without(t, "step", next(k for k in t["step"] if k.startswith("0."))),
+        lambda t: t["step"]["taken"].add_(1),
+        lambda t: t["step"]["total"].fill_(math.nan),
+        lambda t: t["step"].update({"99.step": torch.zeros(())}),
+        lambda t: t["step"].update(surprise=torch.zeros(())),
+        lambda t: t["step"].update({"0.surprise": torch.zeros(())}),
+        lambda t: t["step"].update({k: v[:1] for k, v in t["step"].items() if v.ndim}),
+        lambda t: t["step"].update({k: v.double() for k, v in t["step"].items() if v.ndim}),
+        lambda t: t["model"].update({k: v.double() for k, v in t["model"].items()}),
+        lambda t: t["average"]["scaling.log_scale"].fill_(math.inf),
+        lambda t: t["best"].update({"couplings.0._extra_state": torch.zeros(8).byte()}),
+    ],
+)
+def test_every_tensor_of_a_snapshot_is_looked_at(tmp_path, change, optimiser):
+    from nicefast.training.snapshots import read_snapshot, write_snapshot
+
+    recipe = replace(RECIPE, epochs=2, optimiser=optimiser, weight_decay=0.0)
+    snapshot = tmp_path / "snapshot"
+    fit_tiny(tiny_model(), recipe=recipe, snapshot=snapshot)
+    tensors, about = read_snapshot(snapshot, torch.device("cpu"))
+    tensors = {g: {k: v.clone() for k, v in members.items()} for g, members in tensors.items()}
+    change(tensors)
+    write_snapshot(snapshot, tensors, about)
+    is_refused(snapshot, recipe, "damaged")
+
+
+@pytest.mark.parametrize("how", [1e-3, 1e-9])
+def test_a_preprocessing_of_other_values_is_not_resumed(tmp_path, how):
+    data, recipe = tiny_data(), replace(RECIPE, epochs=2)
+    steps = Preprocessing.fit(["dequantise", "whiten"], data.train, data.levels)
+    snapshot = tmp_path / "snapshot"
+    fit(tiny_model(), data, steps, recipe, snapshot=snapshot)
+    moved = {k: t * (1 + how) if k.endswith("mean") else t for k, t in steps.tensors.items()}
+    other = Preprocessing.from_parts(steps.configuration, moved)
+    if how > 1e-6:
+        with pytest.raises(ValueError, match="its preprocessing was fitted to other values"):
+            fit(tiny_model(), data, other, recipe, snapshot=snapshot, resume=True)
+    else:
+        fit(tiny_model(), data, other, recipe, snapshot=snapshot, resume=True)
 
 
 def process(snapshot, out, resume, pause):

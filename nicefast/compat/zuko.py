@@ -15,6 +15,8 @@ from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.utils import broadcast
 
 from ..checks import check_count
+from ..fingerprint import Fingerprinted
+from ..layers import describe_coupling
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
 from .coupling import contents, indices, is_overridden, is_traced, partition_of, shifted, split
@@ -121,7 +123,7 @@ def recognise(module: nn.Module) -> type[nn.Module] | str:
     return why_not(module) or GeneralCouplingTransform
 
 
-class AdditiveCoupling(LazyTransform):  # type: ignore[misc]
+class AdditiveCoupling(Fingerprinted, LazyTransform):  # type: ignore[misc]
     """Additive coupling from data to latent as a lazy transform of zuko; the conditioner is called
     as ``m(x1)``, or ``m(x1, c)`` under a context c (..., K).
 
@@ -135,6 +137,11 @@ class AdditiveCoupling(LazyTransform):  # type: ignore[misc]
     def __init__(self, partition: Partition, conditioner: nn.Module) -> None:
         super().__init__()
         self.partition, self.conditioner = partition, conditioner
+
+    says = "partition"
+
+    def described(self) -> str:
+        return describe_coupling(self.partition)
 
     def forward(self, c: Tensor | None = None) -> Transform:
         return _CouplingTransform(self.partition, self.conditioner, c).inv

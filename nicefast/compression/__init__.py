@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checks import check_path
-from ..files import written
+from ..files import naming, written
 from ..scoring.models import resolve
 from .codec import Codec
 from .container import ARITHMETIC, CONTENT, MODEL, Head, Reader, Writer
@@ -164,7 +164,7 @@ def _restore(reader: Reader, codec: Codec, out: Path, keep: bool) -> bool:
     seal = hashlib.blake2b(digest_size=CONTENT)
     kind = KINDS[head.kind]
     sink = _trusted(path, Sink, kind, head.rows, codec.features, head.wrapper, out)
-    with sink:
+    with naming(out), sink:
         seal.update(sink.begin())
         for rows, words in reader.chunks(codec.chunk):
             levels = _trusted(path, codec.decode, words, rows)

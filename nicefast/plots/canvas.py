@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_path, check_type
+from ..files import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,10 +86,13 @@ def tiled(images: Tensor, columns: int) -> Any:
 
 
 def write(figure: Figure, path: str | Path) -> None:
-    """The figure as PNG: to a file, or to what can be written to as to one."""
-    if not hasattr(path, "write"):
-        check_path("path", path)
-    figure.savefig(path)
+    """The figure as PNG: to a file, whole or not at all, or to what can be written to as to one."""
+    if hasattr(path, "write"):
+        figure.savefig(path)
+        return
+    check_path("path", path)
+    with written(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix[1:] or "png")
 
 
 def show(axes: Axes, picture: Any) -> None:

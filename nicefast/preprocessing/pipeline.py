@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -265,9 +266,10 @@ class Preprocessing:
         # cloned: fresh memory is aligned, and products of aligned memory repeat bit for bit
         tensors = {k: t.clone() for k, t in found.items()}
         try:
-            return cls.from_parts(json.loads(metadata["configuration"]), tensors)
-        except (KeyError, TypeError, ValueError) as problem:
-            raise ValueError(f"{path} does not fit its own configuration: {problem}") from None
+            return cls.from_parts(tensorfile.plain(metadata, "configuration"), tensors)
+        except (ArithmeticError, KeyError, TypeError, ValueError) as problem:
+            said = textwrap.shorten(str(problem), 300)
+            raise ValueError(f"{path} does not fit its own configuration: {said}") from None
 
     def describe(self) -> str:
         """One line for each step, for people to read."""

@@ -43,7 +43,7 @@ class Progress(NamedTuple):
         best = None if about.get("best") is None else _epoch(about["best"])
         if best is not None and best not in records:
             raise ValueError("its best epoch is none of its epochs")
-        if about["taken"] < 0 or not 0 <= about["seconds"] < math.inf:
+        if about["taken"] < 0 or about["seconds"] < 0 or not math.isfinite(about["seconds"]):
             raise ValueError(f"{about['taken']} steps in {about['seconds']} seconds")
         return cls(about["taken"], records, best, about["seconds"])
 
@@ -51,6 +51,10 @@ class Progress(NamedTuple):
 def _epoch(record: Any) -> Epoch:
     if not isinstance(record, list) or len(record) != len(Epoch._fields):
         raise TypeError(f"an epoch is {record!r}")
-    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in record):
+    if (
+        any(isinstance(v, bool) or not isinstance(v, int | float) for v in record)
+        or not isinstance(record[0], int)
+        or not all(map(math.isfinite, record))
+    ):
         raise TypeError(f"an epoch is {record!r}")
     return Epoch(*record)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,8 @@ from .steps import Step
 
 TRAINING_NOISE = 1 << 62  # added to the seed: no row is ever scored with noise it was trained on
 CHECK_EVERY = 50  # steps from one look at the likelihood to the next, where a look makes a GPU wait
+
+CLOSE = 1e-6  # of a preprocessing's numbers, relatively: so far may two machines be apart
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,7 @@ class _Fit:
             "average": self.average.state_dict(),
             "best": self.best_weights,
             "step": self.step.state(),
+            "preprocessing": self.preprocessing.tensors,
         }
         about = {
             "fit": self._identity(),
@@ -335,41 +339,79 @@ class _Fit:
             if theirs.get(what) == value:
                 continue
             if what == "digest":
-                raise ValueError(
-                    f"{self.snapshot} is of another fit: the data it began with have other values"
-                )
-            raise ValueError(
-                f"{self.snapshot} is of another fit: its {what} is {theirs.get(what)}, "
-                f"expected {value}"
-            )
+                raise self._another("the data it began with have other values")
+            found, expected = _differing(theirs.get(what), value)
+            raise self._another(f"its {what} is {found}, expected {expected}")
+        if "digest" in theirs and not _is_close(
+            tensors.get("preprocessing", {}), self.preprocessing.tensors
+        ):
+            raise self._another("its preprocessing was fitted to other values")
         try:
             self._restore(tensors, Progress.of(about))
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as problem:
-            said = " ".join(str(problem).split())
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as problem:
+            said = textwrap.shorten(str(problem), 300)
             raise ValueError(f"{self.snapshot} is damaged: {said}") from None
 
+    def _another(self, why: str) -> ValueError:
+        return ValueError(f"{self.snapshot} is of another fit: {why}")
+
     def _restore(self, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+        """To this state; where anything about it is wrong, nothing is changed."""
         if missing := {"model", "average", "step"} - set(tensors):
             raise ValueError(f"it has no tensors of {', '.join(sorted(missing))}")
         best = tensors.get("best", {})
         if (progress.best is None) != (not best):
             raise ValueError("it has a best epoch without its weights, or these without that")
-        copy.deepcopy(self.average).load_state_dict(best or tensors["average"])  # do they fit
+        begun = len(progress.records) * self.steps_each
+        if not begun <= progress.taken < begun + self.steps_each:
+            raise ValueError(f"{progress.taken} steps in {len(progress.records)} epochs")
+        trial = copy.deepcopy(self.average)
+        for group in ("model", "average", "best"):
+            if group in tensors:
+                trial.load_state_dict(tensors[group])
+                _check_weights(group, trial, tensors[group])
+        self.step.restore(tensors["step"], progress.taken)
         self.model.load_state_dict(tensors["model"])
         self.average.load_state_dict(tensors["average"])
-        self.step.restore(tensors["step"])
         self.best_weights = best
         self.taken, self.records = progress.taken, progress.records
         self.best, self.before = progress.best, progress.seconds
-        expected = len(self.records) * self.steps_each
-        if not expected <= self.taken < expected + max(self.steps_each, 1) + 1:
-            raise ValueError(f"{self.taken} steps in {len(self.records)} epochs")
 
     def finish(self) -> History:
         assert self.best is not None
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return History(tuple(self.records), self.best, len(self.records) < self.recipe.epochs)
+
+
+def _differing(found: Any, expected: Any) -> tuple[str, str]:
+    """Both, short enough for a line: of tables, what differs."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = [k for k in {**expected, **found} if found.get(k) != expected.get(k)]
+        found, expected = ({k: t[k] for k in keys if k in t} for t in (found, expected))
+    return textwrap.shorten(str(found), 200), textwrap.shorten(str(expected), 200)
+
+
+def _is_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether two preprocessings have the same tensors, to rounding: statistics of the same rows
+    differ in their last digits from machine to machine."""
+    if found.keys() != expected.keys():
+        return False
+    for key, own in expected.items():
+        theirs = found[key].to(own.device)
+        if (theirs.dtype, theirs.shape) != (own.dtype, own.shape):
+            return False
+        least = CLOSE * float(own.double().abs().max()) if own.numel() else 0.0
+        if not torch.allclose(theirs.double(), own.double(), rtol=CLOSE, atol=least):
+            return False
+    return True
+
+
+def _check_weights(group: str, model: NICE, given: Mapping[str, Tensor]) -> None:
+    """ValueError for another dtype than the model's, and for values that are not finite."""
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if given[name].dtype != p.dtype or not p.isfinite().all():
+            raise ValueError(f"{group}.{name} is {given[name].dtype}, or not finite")
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -67,6 +67,14 @@ class RMSProp(Optimizer):
             torch._foreach_add_(known, velocities)
 
 
+#: what each kind of optimiser keeps for a parameter
+STATES: dict[type[Optimizer], set[str]] = {
+    RMSProp: {"square", "velocity"},
+    Adam: {"step", "exp_avg", "exp_avg_sq"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
 def make_optimiser(
     model: nn.Module,
     name: str,

@@ -48,13 +48,9 @@ def read_snapshot(
     except FileNotFoundError:
         raise ValueError(f"there is nothing to resume from: no file {path}") from None
     try:
-        about = json.loads(metadata["about"])
-    except KeyError:
-        raise ValueError(f"{path} is damaged: its metadata have no 'about'") from None
+        about = tensorfile.plain(metadata, "about")
     except ValueError as problem:
-        raise ValueError(f"{path} is damaged: 'about' is no JSON ({problem})") from None
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} is damaged: 'about' is no JSON object")
+        raise ValueError(f"{path} is damaged: {problem}") from None
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():
         group, _, name = key.partition(".")

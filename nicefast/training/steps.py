@@ -14,6 +14,7 @@ from .. import captures
 from ..evaluation import density
 from ..flow import NICE
 from ..ranks import Ranks
+from .optimisers import STATES
 
 WARM_UP = 3  # real steps before the capture: kernels are compiled, the optimiser's state is made
 
@@ -127,14 +128,38 @@ class Step:
             found |= {f"{i}.{name}": value for name, value in state.items()}
         return found
 
-    def restore(self, found: dict[str, Tensor]) -> None:
-        """Back to what :meth:`state` gave."""
+    def restore(self, found: dict[str, Tensor], taken: int) -> None:
+        """Back to what :meth:`state` gave after ``taken`` steps.
+
+        ValueError, KeyError or RuntimeError where these are not the tensors of such a state;
+        nothing has been changed then.
+        """
         found = dict(found)
-        self._total.copy_(found.pop("total"))
-        self._taken.copy_(found.pop("taken"))
+        total, steps = found.pop("total"), found.pop("taken")
+        _check_like("total", total, self._total)
+        _check_like("taken", steps, self._taken)
+        if int(steps) != taken or not total.isfinite():
+            raise ValueError(f"its optimiser has taken {int(steps)} steps, the fit {taken}")
         states: dict[int, dict[str, Any]] = {}
         for key, value in found.items():
-            i, name = key.split(".", 1)
+            i, _, name = key.partition(".")
             states.setdefault(int(i), {})[name] = value
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": states, "param_groups": groups})
+        groups = self.optimiser.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        for i, state in states.items():
+            if not 0 <= i < len(parameters) or state.keys() != STATES[type(self.optimiser)]:
+                raise ValueError(f"its optimiser has {', '.join(state)} for parameter {i}")
+            for name, value in state.items():
+                if name != "step":
+                    _check_like(f"{i}.{name}", value, parameters[i])
+                elif value.ndim or not 0 <= value <= taken:
+                    raise ValueError(f"its optimiser has step {value} for parameter {i}")
+        self._total.copy_(total)
+        self._taken.copy_(steps)
+        saved = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": states, "param_groups": saved})
+
+
+def _check_like(name: str, value: Tensor, own: Tensor) -> None:
+    if (value.dtype, value.shape) != (own.dtype, own.shape):
+        raise ValueError(f"{name} is {tuple(value.shape)}, {value.dtype}")
