@@ -181,7 +181,8 @@ def _build(configuration: dict[str, Any]) -> NICE:
     features = configuration.pop("features")
     partition = configuration.pop("partition")
     if not isinstance(partition, str):
-        partition = [Partition.from_mask(torch.tensor(m, dtype=torch.bool)) for m in partition]
+        masks = (torch.tensor(m, dtype=torch.bool, device="cpu") for m in partition)
+        partition = [Partition.from_mask(mask) for mask in masks]
     with torch.device("meta"):
         return NICE(features, partition=partition, **configuration)
 

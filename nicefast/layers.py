@@ -324,7 +324,8 @@ def _dropout(h: Tensor, p: float) -> Tensor:
     if h.device.type != "cpu" or watchers.is_compiled() or watchers.is_transformed():
         return nn.functional.dropout(h, p)
     kept = max(1, round((1 - p) * 2**16))
-    words = torch.empty(-(-h.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1)
+    words = torch.empty(-(-h.numel() // 4), dtype=torch.int64, device="cpu")
+    words.random_(-(2**63), 2**63 - 1)
     mask = words.view(torch.int16)[: h.numel()] < kept - 2**15
     return h * mask.view(h.shape).to(h.dtype).mul_(2**16 / kept)
 
