@@ -202,7 +202,8 @@ def _model(features: int, options: dict[str, Any], seed: int) -> NICE:
     check_type("device", device, (str, torch.device), "a device or its name")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = NICE(features, hidden=hidden, **{n: options[n] for n in names})
+        given = {n: options[n] for n in names}
+        model = NICE(features, hidden=hidden, **given, device="cpu", dtype=torch.float32)
     return model.to(usable_device(device))
 
 
