@@ -167,7 +167,7 @@ def row_scores(
             raw.append((scores + log_det).cpu())
     shape = (draws, len(todo))
     if not found:
-        return torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
+        return (torch.empty(shape, dtype=torch.float64, device="cpu"),) * 2
     return torch.cat(found).view(shape), torch.cat(raw).view(shape)
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class NICE(Fingerprinted):
         context: features of the context, 0 for none.
         dropout: of the conditioners in training mode, see :class:`nicefast.MLP`.
         grid: None, or a positive power of two: the flow is then exact, see :meth:`with_grid`.
+        device, dtype: of the parameters; PyTorch's defaults unless given.
 
     Attributes:
         couplings: ModuleList of :class:`nicefast.AdditiveCoupling`; each ``.conditioner`` may be
@@ -96,6 +97,8 @@ class NICE(Fingerprinted):
         context: int = 0,
         dropout: float = 0.0,
         grid: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         plan = architecture(features, hidden, couplings, prior, partition)
@@ -104,9 +107,11 @@ class NICE(Fingerprinted):
         self.features = math.prod(self.event_shape)
         self.context = context
         self.prior_name = prior
+        conditioner: Any = {"activation": activation, "context": context, "dropout": dropout}
+        where: Any = {"device": device, "dtype": dtype}
         self.couplings = nn.ModuleList(
             AdditiveCoupling(
-                p, MLP(len(p.conditioning), own, len(p.shifted), activation, context, dropout)
+                p, MLP(len(p.conditioning), own, len(p.shifted), **conditioner, **where)
             )
             for p, own in zip(partitions, widths, strict=True)
         )
@@ -114,7 +119,7 @@ class NICE(Fingerprinted):
             last = cast("nn.Linear", cast("MLP", coupling.conditioner).linears[-1])
             nn.init.uniform_(last.weight, -0.01, 0.01)  # as the original: near the identity
             nn.init.zeros_(last.bias)
-        self.scaling = Scaling(self.features)
+        self.scaling = Scaling(self.features, **where)
         #: what __init__ was called with, as plain values: what a saved file rebuilds the flow from
         self.configuration = configuration | {
             "activation": activation,

@@ -74,9 +74,10 @@ def masks(height: int, width: int, seed: int = 0) -> dict[str, Tensor]:
     height = check_count("height", height, 4)
     width = check_count("width", width, 4)
     seed = check_seed(seed)
-    i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    sides = (torch.arange(size, device="cpu") for size in (height, width))
+    i, j = torch.meshgrid(*sides, indexing="ij")
     n = i * width + j
-    u = torch.rand((2, height, width), generator=torch.Generator().manual_seed(int(seed)))
+    u = _uniform((2, height, width), torch.Generator().manual_seed(int(seed)))
     return {
         "top": i >= height // 2,
         "bottom": i < height // 2,
@@ -224,7 +225,7 @@ class _Target(NamedTuple):
 
     def _log_prob(self, x: Tensor, generator: torch.Generator) -> Tensor:
         if self.noise is not None:
-            u = _uniform(x, generator)
+            u = _uniform(x.shape, generator).to(x)
             width, k = self.high - self.low, self.noise
             x = self.low + ((x - self.low) * (k - 1) + width * u) / k
         if self.transform is None:
@@ -247,7 +248,7 @@ def _climb(
     if kept.dtype not in (torch.float32, torch.float64):
         kept = kept.float()
     low, high = target.low, target.high
-    x = torch.where(observed, kept, low + (high - low) * _uniform(kept, generator))
+    x = torch.where(observed, kept, low + (high - low) * _uniform(kept.shape, generator).to(kept))
     mean, square = torch.zeros_like(x), torch.zeros_like(x)
     keeps_best = method == "adam" and target.noise is None
     best: tuple[Tensor, Tensor] | None = None
@@ -269,8 +270,8 @@ def _climb(
         if i == steps:
             break
         if method == "paper":
-            eps = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-            step = 10 / (100 + i) * (gradient + eps)
+            eps = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu")
+            step = 10 / (100 + i) * (gradient + eps.to(x))
         else:
             mean.lerp_(gradient, 1 - BETAS[0])
             square.lerp_(gradient.square(), 1 - BETAS[1])
@@ -280,7 +281,7 @@ def _climb(
         x = torch.where(observed, kept, (x + step).clamp_(low, high))
     x = x if best is None else best[0]
     filled = torch.where(observed, given.detach(), x.to(given.dtype))
-    return Inpainted(filled, torch.stack(log_probs), torch.tensor(recorded))
+    return Inpainted(filled, torch.stack(log_probs), torch.tensor(recorded, device="cpu"))
 
 
 def _better(
@@ -294,9 +295,9 @@ def _better(
     return torch.where(rows, other[0], one[0]), torch.where(better, other[1], one[1])
 
 
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform on [0, 1), drawn on the CPU so that every device sees the same."""
-    return torch.rand(like.shape, generator=generator, dtype=torch.float32).to(like)
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform on [0, 1), float32, drawn on the CPU so that every device sees the same."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _check_finite(log_prob: Tensor, gradient: Tensor, step: int) -> None:

@@ -44,6 +44,7 @@ class MLP(Fingerprinted):
         context: features of the context, 0 for none.
         dropout: probability with which, in training mode, each hidden unit is dropped after its
             activation; the density is then that of a random sub-network.
+        device, dtype: of the parameters; PyTorch's defaults unless given.
 
     Shapes: x (..., C), context (..., K) -> (..., S). Inputs are brought to the weights' dtype.
 
@@ -67,6 +68,8 @@ class MLP(Fingerprinted):
         activation: str = "relu",
         context: int = 0,
         dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
@@ -88,7 +91,9 @@ class MLP(Fingerprinted):
         self.in_features, self.out_features = in_features, out_features
         self.activation, self.context, self.dropout = activation, context, float(dropout)
         widths[0] += context
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.linears = nn.ModuleList(
+            nn.Linear(a, b, device=device, dtype=dtype) for a, b in itertools.pairwise(widths)
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.linears
@@ -266,10 +271,15 @@ class Scaling(nn.Module):
     tensor([0., 0.], grad_fn=<ExpandBackward0>)
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(
+        self,
+        features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         features = check_count("features", features, 1)
-        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         s = self._checked("h", h)
@@ -342,7 +352,8 @@ def _dropout(h: Tensor, p: float) -> Tensor:
     if h.device.type != "cpu" or watchers.is_compiled() or watchers.is_transformed():
         return nn.functional.dropout(h, p)
     kept = max(1, round((1 - p) * 2**16))
-    words = torch.empty(-(-h.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1)
+    words = torch.empty(-(-h.numel() // 4), dtype=torch.int64, device="cpu")
+    words.random_(-(2**63), 2**63 - 1)
     mask = words.view(torch.int16)[: h.numel()] < kept - 2**15
     return h * mask.view(h.shape).to(h.dtype).mul_(2**16 / kept)
 

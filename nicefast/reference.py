@@ -309,10 +309,10 @@ def dequantise(
         level, x = flat[i : i + step], out[i : i + step]
         if k is None:
             x.copy_(level)
-            noisy = x + fraction * scale
+            noisy = x + fraction.to(x.dtype) * scale
             torch.where(noisy < x + 1, noisy, x, out=x)
         else:
-            torch.add(fraction, 0.5, out=x).add_(level, alpha=1 << bits).mul_(scale)
+            x.copy_(fraction).add_(0.5).add_(level, alpha=1 << bits).mul_(scale)
             if low:
                 x.add_(low)
             x.clamp_(max=top)

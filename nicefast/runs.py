@@ -152,7 +152,7 @@ def carry_out(
     preprocessing = Preprocessing.fit(
         list(config.preprocessing), data.train, data.levels, config.seed
     )
-    model = NICE(data.event_shape, **config.model)
+    model = NICE(data.event_shape, **config.model, device="cpu", dtype=torch.float32)
     x = _training_rows(data, preprocessing, config)
     initialise(model, config.recipe.start, x, config.recipe.scale_limit)
     model.to(usable_device(config.device))

@@ -186,7 +186,8 @@ def _data(run: Path, data_dir: Path | None) -> Dataset:
 
 def _test_rows(data: Dataset, count: int, seed: int) -> Tensor:
     """So many rows of the test set, at random."""
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.test), generator=generator, device="cpu")
     return data.test[order[:count]]
 
 

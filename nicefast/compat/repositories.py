@@ -179,7 +179,7 @@ def _paultsw(state: State, activation: nn.Module | None) -> Found:
         own = f"layer{i}.nonlinearity"
         linears: list[nn.Module] = []
         before: nn.Linear | None = _linear(state, f"{own}.0")
-        scale = shift = torch.empty(0)
+        scale = shift = torch.empty(0, dtype=torch.float64, device="cpu")
         for j in _numbers(state, rf"layer{i}\.nonlinearity\.(\d+)\.")[1:]:
             name = f"{own}.{j}"
             if f"{name}.running_mean" in state:

@@ -66,7 +66,8 @@ def _table(scale: float, grid: float, prior: str) -> Table:
     bits = max(0, int(np.ceil(np.log2(max(2 * reach / SYMBOLS, 1)))))
     bits = min(bits, RUN_BITS)
     runs = min(int(np.ceil(reach / 2.0**bits)), SYMBOLS // 2)
-    starts = torch.arange(-runs, runs + 2, dtype=torch.float64) * 2.0**bits - 0.5
+    steps = torch.arange(-runs, runs + 2, dtype=torch.float64, device="cpu")
+    starts = steps * 2.0**bits - 0.5
     edges = starts * (scale * grid)
     # from whichever tail is nearer: differences of small numbers, not of numbers near 1
     below, above = _cdf(edges, prior), _cdf(-edges, prior)

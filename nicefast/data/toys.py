@@ -100,15 +100,15 @@ def _noisy(points: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 
 
 def _uniform(n: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(n, generator=generator, dtype=torch.float64)
+    return torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _normal(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    return torch.randn(n, 2, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _choice(n: int, among: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(among, (n,), generator=generator)
+    return torch.randint(among, (n,), generator=generator, device="cpu")
 
 
 def _mixture(x: Tensor, centres: Tensor, log_weights: Tensor, scale: float) -> Tensor:
@@ -153,16 +153,20 @@ def _moons_log_prob(x: Tensor) -> Tensor:
 RADII, RING_SCALE = (0.5, 1.0, 1.5, 2.0), 0.08
 
 
+def _radii() -> Tensor:
+    return torch.tensor(RADII, dtype=torch.float64, device="cpu")
+
+
 def _rings_sample(n: int, generator: torch.Generator) -> Tensor:
     angle = 2 * math.pi * _uniform(n, generator)
-    radius = torch.tensor(RADII, dtype=torch.float64)[_choice(n, len(RADII), generator)]
+    radius = _radii()[_choice(n, len(RADII), generator)]
     points = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
     return _noisy(points, RING_SCALE, generator)
 
 
 def _rings_log_prob(x: Tensor) -> Tensor:
     distance = x.norm(dim=1)[:, None]
-    radii, square = torch.tensor(RADII).to(x), RING_SCALE**2
+    radii, square = _radii().to(x), RING_SCALE**2
     # I_0 grows as exp: i0e has that taken out, which leaves the square of the difference
     bessel = torch.special.i0e(distance * radii / square).log()
     each = bessel - (distance - radii).square() / (2 * square)
@@ -173,7 +177,8 @@ GAUSSIANS, GAUSSIAN_SCALE = 8, 0.2
 
 
 def _centres() -> Tensor:
-    angle = 2 * math.pi * torch.arange(GAUSSIANS, dtype=torch.float64) / GAUSSIANS
+    steps = torch.arange(GAUSSIANS, dtype=torch.float64, device="cpu")
+    angle = 2 * math.pi * steps / GAUSSIANS
     return 2 * torch.stack([angle.cos(), angle.sin()], 1)
 
 
@@ -182,8 +187,9 @@ def _gaussians_sample(n: int, generator: torch.Generator) -> Tensor:
 
 
 def _gaussians_log_prob(x: Tensor) -> Tensor:
-    log_weights = torch.full((GAUSSIANS,), -math.log(GAUSSIANS))
-    return _mixture(x, _centres(), log_weights, GAUSSIAN_SCALE)
+    centres = _centres()
+    log_weights = centres.new_full((GAUSSIANS,), -math.log(GAUSSIANS))
+    return _mixture(x, centres, log_weights, GAUSSIAN_SCALE)
 
 
 def _checkerboard_sample(n: int, generator: torch.Generator) -> Tensor:
@@ -191,14 +197,14 @@ def _checkerboard_sample(n: int, generator: torch.Generator) -> Tensor:
     i = cell // 2 - 2
     j = 2 * (cell % 2) - 2 + i % 2
     # a grid of 2^-20, halfway between its points: in float32 none is rounded into the next square
-    fine = torch.randint(1 << 20, (n, 2), generator=generator)
+    fine = torch.randint(1 << 20, (n, 2), generator=generator, device="cpu")
     return torch.stack([i, j], 1) + (fine.double() + 0.5) / (1 << 20)
 
 
 def _checkerboard_log_prob(x: Tensor) -> Tensor:
     corner = x.floor()
     inside = ((corner >= -2) & (corner < 2)).all(1) & (corner.sum(1) % 2 == 0)
-    return torch.where(inside, -math.log(8), -math.inf).to(x)
+    return torch.full_like(x[:, 0], -math.inf).masked_fill_(inside, -math.log(8))
 
 
 SPIRAL_SCALE, SPIRAL_PANELS, TURN = 0.08, 32, 3 * math.pi
@@ -211,13 +217,14 @@ def _spiral(root: Tensor, sign: Tensor) -> Tensor:
 
 
 def _spirals_sample(n: int, generator: torch.Generator) -> Tensor:
-    root, sign = _uniform(n, generator).sqrt(), 2.0 * _choice(n, 2, generator) - 1
+    root, sign = _uniform(n, generator).sqrt(), 2 * _choice(n, 2, generator) - 1
     return _noisy(_spiral(root, sign), SPIRAL_SCALE, generator)
 
 
 def _spirals_log_prob(x: Tensor) -> Tensor:
     root, log_weights = _quadrature(SPIRAL_PANELS)
-    centres = torch.cat([_spiral(root, torch.ones(())), _spiral(root, -torch.ones(()))])
+    one = torch.ones_like(root)
+    centres = torch.cat([_spiral(root, one), _spiral(root, -one)])
     # du = 2 root d root, and each arm holds half of it
     return _mixture(x, centres, (log_weights + root.log()).repeat(2), SPIRAL_SCALE)
 

@@ -79,7 +79,7 @@ def tiled(images: Tensor, columns: int) -> Any:
     tiles = torch.nn.functional.pad(tiles, (2, 2, 2, 2), value=line)
     rows = -(-len(tiles) // columns)
     missing = rows * columns - len(tiles)
-    tiles = torch.cat([tiles, torch.full((missing, *tiles.shape[1:]), empty)])
+    tiles = torch.cat([tiles, tiles.new_full((missing, *tiles.shape[1:]), empty)])
     height, width = tiles.shape[2:]
     grid = tiles.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     return grid.reshape(rows * height, columns * width, channels).squeeze(-1).numpy()

@@ -94,7 +94,7 @@ def plot_density(
 def _map(name: str, log_density: LogDensity, bounds: tuple[float, ...]) -> Tensor:
     """Density (FINE, FINE) at the middles of small squares: rows are y, upwards."""
     x0, x1, y0, y1 = bounds
-    middles = (torch.arange(FINE) + 0.5) / FINE
+    middles = (torch.arange(FINE, dtype=torch.float32, device="cpu") + 0.5) / FINE
     y, x = torch.meshgrid(y0 + (y1 - y0) * middles, x0 + (x1 - x0) * middles, indexing="ij")
     if not callable(log_density):
         raise TypeError(f"{name} must be a function of rows, got {type(log_density).__name__}")

@@ -241,7 +241,7 @@ def _curve(log_prob: Tensor, steps: Tensor | None) -> tuple[Any, Any]:
         check_type("steps", steps, Tensor, "a torch.Tensor")
     if log_prob.ndim != 2 or len(log_prob) < 2 or not log_prob.shape[1]:
         raise ValueError(f"log_prob must be (S, N) with S >= 2, got {tuple(log_prob.shape)}")
-    numbers = torch.arange(len(log_prob)) if steps is None else steps.cpu()
+    numbers = torch.arange(len(log_prob), device="cpu") if steps is None else steps.cpu()
     if numbers.shape != log_prob.shape[:1]:
         raise ValueError(
             f"steps must be one for each of {len(log_prob)} records, got {tuple(numbers.shape)}"

@@ -79,7 +79,10 @@ class Dequantise:
             if self.levels is not None:
                 raise ValueError(f"spacing is for columns without levels, got {self.levels} levels")
         functional.dequantise(
-            torch.zeros((0, 1), dtype=torch.uint8), self.levels, low=self.low, high=self.high
+            torch.zeros((0, 1), dtype=torch.uint8, device="cpu"),
+            self.levels,
+            low=self.low,
+            high=self.high,
         )
 
     @property

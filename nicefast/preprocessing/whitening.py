@@ -85,7 +85,7 @@ class Whiten:
         mean, covariance, d = found.mean, found.second, len(found.mean)
         if kind == "approximate":
             factor, _ = torch.linalg.cholesky_ex(
-                covariance + epsilon * torch.eye(d, dtype=torch.float64)
+                covariance + epsilon * torch.eye(d, dtype=torch.float64, device=covariance.device)
             )
             scale = factor.diagonal()
             basis, variance = factor / scale, scale * scale

@@ -226,9 +226,9 @@ def together(ranks: Ranks, device: torch.device) -> Iterator[None]:
         yield
     except Exception:
         with suppress(RuntimeError):  # the others may be gone
-            ranks.sum(torch.ones((), device=device))
+            ranks.sum(torch.ones((), dtype=torch.float32, device=device))
         raise
-    if ranks.sum(torch.zeros((), device=device)).item():
+    if ranks.sum(torch.zeros((), dtype=torch.float32, device=device)).item():
         raise RuntimeError(f"rank {ranks.rank} stops: another rank has failed")
 
 

@@ -35,7 +35,7 @@ class Lane:
     def buffers(self, count: int) -> list[Tensor]:
         """On the host, to be filled: pinned where that makes copies overlap."""
         return [
-            torch.empty(self.shape, dtype=self.dtype, pin_memory=self.overlaps)
+            torch.empty(self.shape, dtype=self.dtype, device="cpu", pin_memory=self.overlaps)
             for _ in range(count + self.overlaps)
         ]
 
@@ -100,5 +100,5 @@ def _pinned(value: Tensor) -> Tensor:
     """A copy on the host that is complete when the current stream is; made of cached memory."""
     if value.device.type != "cuda":
         return value
-    onto = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    onto = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
     return onto.copy_(value, non_blocking=True)

@@ -124,7 +124,7 @@ class FittedGaussian:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> FittedGaussian:
-        return cls(Gaussian(*(torch.tensor(state[n]) for n in ("mean", "scale"))))
+        return cls(Gaussian(*(torch.tensor(state[n], device="cpu") for n in ("mean", "scale"))))
 
 
 def fit_flow(
@@ -161,7 +161,8 @@ def fit_flow(
     columns = standardising(rows, spacing) if options["standardise"] else dequantising(spacing)
     whole = torch.from_numpy(rows)
     initialise(model, "data", columns.forward(whole, seed)[0])
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator, device="cpu")
     held = max(1, round(share * len(rows))) if share and len(rows) >= LEAST_SPLIT else 0
     held = min(held, len(rows) - 1)
     train, validation = whole[order[held:]], whole[order[:held]] if held else whole
@@ -201,7 +202,8 @@ def _model(features: int, options: dict[str, Any], seed: int) -> NICE:
     check_type("device", device, (str, torch.device), "a device or its name")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = NICE(features, hidden=hidden, **{n: options[n] for n in names})
+        given = {n: options[n] for n in names}
+        model = NICE(features, hidden=hidden, **given, device="cpu", dtype=torch.float32)
     return model.to(usable_device(device))
 
 

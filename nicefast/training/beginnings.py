@@ -46,9 +46,8 @@ def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
             f"{len(deviation)} features do not, the first of them feature {unusable[0]}"
         )
     log_scale = model.scaling.log_scale
-    found = priors.standard(model.prior_name).stddev.double().log() - deviation.log().to(
-        log_scale.device
-    )
+    prior = priors.standard(model.prior_name, torch.float32, "cpu")
+    found = prior.stddev.double().log().to(deviation.device) - deviation.log()
     log_scale.copy_(found.clamp(max=limit))
 
 

@@ -177,7 +177,9 @@ class _Fit:
 
     def _lr_holder(self) -> float | Tensor:
         # where a graph is replayed, it reads the rate from the device
-        return torch.zeros((), device=self.device) if self.device.type == "cuda" else 1.0
+        if self.device.type != "cuda":
+            return 1.0
+        return torch.zeros((), dtype=torch.float32, device=self.device)
 
     @property
     def done(self) -> bool:
@@ -194,8 +196,8 @@ class _Fit:
         number = len(self.records) + 1
         self.model.train()
         generator = torch.Generator().manual_seed(_mixed(self.seed, number))
-        shuffled = torch.randperm(len(self.rows), generator=generator).to(self.rows.device)
-        order = shuffled.split(recipe.batch_size)
+        shuffled = torch.randperm(len(self.rows), generator=generator, device="cpu")
+        order = shuffled.to(self.rows.device).split(recipe.batch_size)
         first = self.taken - (number - 1) * self.steps_each
         for i in range(first, self.steps_each):
             self._take(order[i])
