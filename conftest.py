@@ -25,15 +25,15 @@ def _row_wise_dot(builder, a, b, d, *precision):
     """``tl.dot`` of the interpreter, by which a row's bits do not depend on its place in the tile.
 
     Kernels promise that on a device. The interpreter's own product is a BLAS's, and on some
-    processors a BLAS sums rows in different orders. The loops of ``einsum`` call no BLAS; casts
-    come before, since ``einsum`` would cast in blocks that begin anywhere in a row.
+    processors a BLAS sums rows in different orders. The loops of ``einsum`` call no BLAS. They sum
+    in float64, so that the error of a result is not a matter of the order of its sums.
     """
     from triton.runtime.interpreter import TensorHandle
 
     assert {a.data.dtype.kind, b.data.dtype.kind} == {"f"}, (a.dtype, b.dtype)
-    left, right = (np.ascontiguousarray(side.data, d.data.dtype) for side in (a, b))
+    left, right = (np.ascontiguousarray(side.data, np.float64) for side in (a, b))
     product = np.einsum("mk,kn->mn", left, right, optimize=False)
-    return TensorHandle(product + d.data, d.dtype.scalar)
+    return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
 if not HAS_GPU and importlib.util.find_spec("triton"):
