@@ -142,8 +142,8 @@ class Step:
             raise ValueError(f"its optimiser has taken {int(steps)} steps, the fit {taken}")
         states: dict[int, dict[str, Any]] = {}
         for key, value in found.items():
-            i, _, name = key.partition(".")
-            states.setdefault(int(i), {})[name] = value
+            number, _, name = key.partition(".")
+            states.setdefault(int(number), {})[name] = value
         groups = self.optimiser.param_groups
         parameters = [p for group in groups for p in group["params"]]
         for i, state in states.items():
