@@ -13,7 +13,7 @@
     tile.py         which tile a shape and dtype get; launch.py, what surrounds a launch
 
 Nothing here validates: ``nicefast`` does. ``nicefast.ops`` calls the launchers of single
-operations, ``nicefast.fused`` those of whole flows.
+operations, ``nicefast.engine`` those of whole flows.
 """
 
 import triton

@@ -2,8 +2,8 @@
 
 Libraries choose their arithmetic by the processor, and an environment variable makes them choose
 otherwise. Every variant that can run here gets a run of pytest of its own, of tests/kernels and
-tests/fused where no arguments are given; a variant whose instructions are missing here is named and
-left out. The exit code is 1 where a variant failed, and where one found no test.
+tests/engine where no arguments are given; a variant whose instructions are missing here is named
+and left out. The exit code is 1 where a variant failed, and where one found no test.
 """
 
 import os
@@ -27,7 +27,8 @@ VARIANTS = (  # of NumPy's products; of PyTorch's; of its other operators; of th
     {"ONEDNN_MAX_CPU_ISA": "SSE41"},
     {"ONEDNN_MAX_CPU_ISA": "AVX2"},
 )
-ARGUMENTS = ("tests/kernels", "tests/fused", "-q", "-n", "2", "--dist", "loadfile")
+TESTS = ("tests/kernels", "tests/engine", "tests/test_engine_contract.py")
+ARGUMENTS = (*TESTS, "-q", "-n", "2", "--dist", "loadfile")
 PROBE = """
 import numpy, torch
 a = numpy.ones((65, 65), numpy.float32)
