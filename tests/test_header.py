@@ -8,8 +8,8 @@ import torch
 
 import nicefast as nf
 from nicefast.data import load_data
+from nicefast.data.errors import FileFormatError
 from nicefast.data.header import HeaderWarning, is_header
-from nicefast.data.matlab import WrongError
 from nicefast.data.readers import read
 
 pytest.importorskip("pyarrow")
@@ -37,7 +37,9 @@ def cut(line):
 
 @pytest.mark.parametrize(("line", "below"), UNSURE)
 def test_what_nobody_can_tell_is_refused(line, below):
-    with pytest.raises(WrongError, match=r"the first line may be a header or a row: .*header=True"):
+    with pytest.raises(
+        FileFormatError, match=r"the first line may be a header or a row: .*header=True"
+    ):
         is_header("f", cut(line), below)
     assert is_header("f", cut(line), below, True)
     assert not is_header("f", cut(line), below, "no")

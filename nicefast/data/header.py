@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from .matlab import WrongError
+from .errors import FileFormatError
 
 MISSING = frozenset(  # what stands for a value that is not there
     ("", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null", "-NaN", "-nan")
@@ -50,7 +50,7 @@ def is_header(
     - numbers that occur twice are no names of columns: it is a row;
     - the numbers 0 .. D-1 in any order, 1 .. D likewise and numbers in even steps upwards, as 2001,
       2002, 2003 (of three columns or more), and whole numbers above columns without a whole number
-      are how columns are named: WrongError asks for ``header``;
+      are how columns are named: FileFormatError asks for ``header``;
     - any other numbers are a row, and a :class:`HeaderWarning` says so.
 
     Args:
@@ -124,8 +124,8 @@ def _are_names(own: Sequence[str], known: Sequence[float], below: Sequence[Seque
     return not any(_WHOLE.fullmatch(row[i].strip()) for row in rows for i in places)
 
 
-def _unsure(cells: Sequence[str]) -> WrongError:
-    return WrongError(
+def _unsure(cells: Sequence[str]) -> FileFormatError:
+    return FileFormatError(
         f"the first line may be a header or a row: {_shown(cells)}; say which: header=True "
         f"(--header yes) or header=False (--header no)"
     )

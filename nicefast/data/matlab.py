@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from .errors import FileFormatError
+
 BLOCK = 2**20
 _Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class WrongError(ValueError):
-    """What is wrong with a file; who knows its path puts that in front."""
 
 
 # MATLAB's classes of arrays, and the types its numbers are stored in, maybe narrower.
@@ -36,7 +34,9 @@ def elements(data: memoryview) -> Iterator[tuple[str, _Array]]:
     if order is None:
         hint = " (MATLAB 7.3: save it with -v7)" if bytes(data[:10]) == b"MATLAB 7.3" else ""
         found = bytes(data[124:128]).hex(" ")
-        raise WrongError(f"expected MATLAB 5's marks 00 01 49 4d at byte 124, found {found}{hint}")
+        raise FileFormatError(
+            f"expected MATLAB 5's marks 00 01 49 4d at byte 124, found {found}{hint}"
+        )
     at = 128
     while at < len(data):
         kind, size = struct.unpack(order + "II", _cut(data, at, 8))
@@ -54,7 +54,7 @@ def _inflate(packed: memoryview, order: str) -> memoryview:
     tag = zlib.decompressobj().decompress(packed[:4096], 8)
     kind, size = struct.unpack(order + "II", tag)
     if kind != _MATRIX:
-        raise WrongError(f"expected a compressed matrix (type {_MATRIX}), found type {kind}")
+        raise FileFormatError(f"expected a compressed matrix (type {_MATRIX}), found type {kind}")
     unpacker, data = zlib.decompressobj(), bytearray()
     for start in range(0, len(packed), BLOCK):
         data += unpacker.decompress(packed[start : start + BLOCK], size + 9 - len(data))
@@ -62,7 +62,7 @@ def _inflate(packed: memoryview, order: str) -> memoryview:
             break
     if len(data) != size + 8 or not unpacker.eof:
         found = f"found {'more' if len(data) > size + 8 else len(data) - 8}"
-        raise WrongError(f"expected {size} bytes in a compressed matrix, {found}")
+        raise FileFormatError(f"expected {size} bytes in a compressed matrix, {found}")
     return memoryview(data)[8:]
 
 
@@ -84,12 +84,12 @@ def _matrix(body: memoryview, order: str) -> tuple[str, _Array] | None:
     shape = struct.unpack(f"{order}{len(parts[1][1]) // 4}i", parts[1][1])
     kind, data = parts[3]
     if flags & _COMPLEX:
-        raise WrongError(f"array {name!r} holds complex numbers")
+        raise FileFormatError(f"array {name!r} holds complex numbers")
     if kind not in _STORED:
-        raise WrongError(f"array {name!r}: expected numbers, found data of type {kind}")
+        raise FileFormatError(f"array {name!r}: expected numbers, found data of type {kind}")
     stored = np.dtype(order + _STORED[kind])
     if min(shape) < 0 or math.prod(shape) * stored.itemsize != len(data):
-        raise WrongError(
+        raise FileFormatError(
             f"array {name!r}: expected {math.prod(shape) * stored.itemsize} bytes for shape {shape}"
             f" of {stored}, found {len(data)}"
         )
@@ -100,5 +100,5 @@ def _matrix(body: memoryview, order: str) -> tuple[str, _Array] | None:
 def _cut(data: memoryview, start: int, size: int) -> memoryview:
     if start + size > len(data):
         left = max(0, len(data) - start)
-        raise WrongError(f"truncated: expected {size} bytes at byte {start}, found {left}")
+        raise FileFormatError(f"truncated: expected {size} bytes at byte {start}, found {left}")
     return data[start : start + size]

@@ -20,8 +20,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from .errors import FileFormatError
 from .header import LOOKED_AT, Header, is_header, said_header
-from .matlab import BLOCK, WrongError, elements
+from .matlab import BLOCK, elements
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -81,20 +82,20 @@ def read(path: str | Path, key: str | None = None, header: Header = "auto") -> C
     kind = path.suffix.lower() if has_format(path) else "IDX"
     try:
         if not path.exists():
-            raise WrongError("no such file")
+            raise FileFormatError("no such file")
         if not path.is_file():
-            raise WrongError(f"not a readable {kind} file: it is a folder or a device")
+            raise FileFormatError(f"not a readable {kind} file: it is a folder or a device")
         if not path.stat().st_size:
-            raise WrongError(f"not a readable {kind} file: it is empty")
+            raise FileFormatError(f"not a readable {kind} file: it is empty")
         if key is not None and kind not in (".npz", ".mat"):
-            raise WrongError(f"key selects an array of a .npz or .mat file, got {key!r}")
+            raise FileFormatError(f"key selects an array of a .npz or .mat file, got {key!r}")
         if kind != ".csv" and said_header(header) is not None:
-            raise WrongError(f"header is for .csv files, got {header!r}")
+            raise FileFormatError(f"header is for .csv files, got {header!r}")
         content = _csv(path, header) if kind == ".csv" else _READERS.get(kind, _idx)(path, key)
         _check(content)
     except (ImportError, Warning):
         raise
-    except WrongError as why:
+    except FileFormatError as why:
         raise ValueError(f"{path}: {why}") from None
     except Exception as why:  # whatever a parser makes of a corrupt file
         reason = f"{type(why).__name__}: {why}"
@@ -112,17 +113,17 @@ def has_format(path: str | Path) -> bool:
 
 
 def check_held(path: Path, what: str, size: int) -> None:
-    """WrongError where ``what``, which has to be in memory at once, takes more than can be meant.
+    """FileFormatError where ``what``, which has to be in memory at once, takes more than can be meant.
 
     That is 256 MiB, or 256 times the file's size where this is more.
     """
     found = path.stat().st_size
     if size > max(HELD, EXPANSION * found):
-        raise WrongError(f"{what} would take {size} bytes of memory, in a file of {found}")
+        raise FileFormatError(f"{what} would take {size} bytes of memory, in a file of {found}")
 
 
 def check_parquet(path: Path, file: Any) -> None:
-    """WrongError where a column in a row group would take more memory than can be meant."""
+    """FileFormatError where a column in a row group would take more memory than can be meant."""
     meta = file.metadata
     for i in range(meta.num_row_groups):
         for j in range(meta.num_columns):
@@ -136,7 +137,7 @@ def check_parquet(path: Path, file: Any) -> None:
 def csv_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, list[str]]]:
     """The number of the last line and the cells of each row that has any.
 
-    WrongError for a row of more than 4 MiB, before more of it is read.
+    FileFormatError for a row of more than 4 MiB, before more of it is read.
     """
     held = 0
     with path.open(encoding="utf-8-sig", errors=errors, newline="") as text:
@@ -146,7 +147,7 @@ def csv_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, list[str
             while line := text.readline(MOST_LINE + 1):
                 held += len(line)
                 if held > MOST_LINE:
-                    raise WrongError(
+                    raise FileFormatError(
                         f"line {rows.line_num + 1}: expected rows of at most {MOST_LINE} "
                         f"characters, found a longer one"
                     )
@@ -159,25 +160,27 @@ def csv_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, list[str
                 yield rows.line_num, cells
 
 
-def _check_dtype(dtype: np.dtype) -> None:
+def check_dtype(dtype: np.dtype) -> None:
     if dtype.kind not in "fiub":
         named = {"O": "Python objects", "c": "complex numbers", "U": "text", "S": "text"}
         held = named.get(dtype.kind, "values that are no numbers")
-        raise WrongError(f"expected a real or integer dtype, got {held} ({dtype})")
+        raise FileFormatError(f"expected a real or integer dtype, got {held} ({dtype})")
 
 
 def _check(content: Content) -> None:
     values = content.values
-    _check_dtype(values.dtype)
+    check_dtype(values.dtype)
     if values.ndim == 0 or values.size == 0:
-        raise WrongError(f"holds no rows: shape {values.shape}")
+        raise FileFormatError(f"holds no rows: shape {values.shape}")
     # The extremes are NaN where any value is, and take no memory, unlike isfinite of everything.
     if values.dtype.kind == "f" and not (np.isfinite(values.min()) and np.isfinite(values.max())):
         place = tuple(map(int, np.argwhere(~np.isfinite(values))[0]))
         column = f", column {content.columns[place[1]]!r}" if content.columns else ""
-        raise WrongError(f"holds values that are not finite: {values[place]} at {place}{column}")
+        raise FileFormatError(
+            f"holds values that are not finite: {values[place]} at {place}{column}"
+        )
     if content.labels is not None and len(content.labels) != len(values):
-        raise WrongError(f"expected {len(values)} labels, found {len(content.labels)}")
+        raise FileFormatError(f"expected {len(values)} labels, found {len(content.labels)}")
 
 
 def _payload(stream: IO[bytes], size: int) -> bytearray:
@@ -186,10 +189,10 @@ def _payload(stream: IO[bytes], size: int) -> bytearray:
     while len(data) < size:
         block = stream.read(min(BLOCK, size - len(data)))
         if not block:
-            raise WrongError(f"truncated: expected {size} bytes of values, found {len(data)}")
+            raise FileFormatError(f"truncated: expected {size} bytes of values, found {len(data)}")
         data += block
     if stream.read(1):
-        raise WrongError(f"expected {size} bytes of values, found more")
+        raise FileFormatError(f"expected {size} bytes of values, found more")
     return data
 
 
@@ -210,14 +213,16 @@ def _idx(path: Path, _: str | None) -> Content:
             magic = stream.read(4)
             if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX or not magic[3]:
                 known = ", ".join((*sorted((".csv", *_READERS)), "IDX"))
-                raise WrongError(
+                raise FileFormatError(
                     f"not a readable file of a known format ({known}): expected the magic bytes "
                     f"00 00 of IDX, a type from 08 to 0e and a number of dimensions, found "
                     f"{magic.hex(' ')}"
                 )
             sizes = stream.read(4 * magic[3])
             if len(sizes) < 4 * magic[3]:
-                raise WrongError(f"truncated: expected {magic[3]} dimensions in the IDX header")
+                raise FileFormatError(
+                    f"truncated: expected {magic[3]} dimensions in the IDX header"
+                )
             shape, dtype = struct.unpack(f">{magic[3]}I", sizes), np.dtype(_IDX[magic[2]])
             data = _payload(stream, math.prod(shape) * dtype.itemsize)
             return Content(_array(data, dtype, shape))
@@ -226,7 +231,7 @@ def _idx(path: Path, _: str | None) -> Content:
 def _cifar(path: Path, _: str | None) -> Content:
     row, size = 1 + 3 * 32 * 32, path.stat().st_size
     if size % row:
-        raise WrongError(
+        raise FileFormatError(
             f"expected CIFAR-10 records of {row} bytes, found {size} bytes: "
             f"{size % row} more than {size // row} records"
         )
@@ -234,7 +239,7 @@ def _cifar(path: Path, _: str | None) -> Content:
     labels = records[:, 0].astype(np.int64)
     if labels.max() > 9:
         at = int(labels.argmax())
-        raise WrongError(f"expected CIFAR-10 labels 0 .. 9, found {labels[at]} in record {at}")
+        raise FileFormatError(f"expected CIFAR-10 labels 0 .. 9, found {labels[at]} in record {at}")
     return Content(np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32), labels)
 
 
@@ -243,23 +248,23 @@ def _npy(path: Path, _: str | None) -> Content:
     values = np.lib.format.open_memmap(path, mode="r")
     expected, found = values.offset + values.nbytes, path.stat().st_size
     if expected != found:
-        raise WrongError(f"not a readable .npy file: expected {expected} bytes, found {found}")
+        raise FileFormatError(f"not a readable .npy file: expected {expected} bytes, found {found}")
     return Content(values)
 
 
 def _npz(path: Path, key: str | None) -> Content:
     with zipfile.ZipFile(path) as archive:
         arrays = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-        name = _choose(arrays, ("X", "x_train"), key)
-        values, beside = _member(archive, name), {"X": "y", "x_train": "y_train"}.get(name)
+        name = choose_member(arrays, ("X", "x_train"), key)
+        values, beside = read_member(archive, name), {"X": "y", "x_train": "y_train"}.get(name)
         if key is not None or beside not in arrays:
             return Content(values)
-        labels = _member(archive, beside)
+        labels = read_member(archive, beside)
         one_each = labels.dtype.kind in "iub" and labels.size == len(values)
         return Content(values, _labels(beside, labels) if one_each else None)
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> _Array:
+def read_member(archive: zipfile.ZipFile, name: str) -> _Array:
     # Not np.load, which allocates what the member's header promises.
     check_packing(archive.getinfo(f"{name}.npy"))
     with archive.open(f"{name}.npy") as stream:
@@ -268,22 +273,22 @@ def _member(archive: zipfile.ZipFile, name: str) -> _Array:
             version, np.lib.format.read_array_header_2_0
         )
         shape, columns_first, dtype = header(stream)
-        _check_dtype(dtype)  # before memory is taken; text may have 0 bytes a cell
+        check_dtype(dtype)  # before memory is taken; text may have 0 bytes a cell
         data = _payload(stream, math.prod(shape) * dtype.itemsize)
         values = _array(data, dtype, shape[::-1] if columns_first else shape)
         return values.T if columns_first else values
 
 
 def check_packing(member: zipfile.ZipInfo) -> None:
-    """WrongError for other compressions than NumPy's, which may expand much further."""
+    """FileFormatError for other compressions than NumPy's, which may expand much further."""
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise WrongError(
+        raise FileFormatError(
             f"array {member.filename.removesuffix('.npy')!r}: expected a member that is stored or "
             f"deflated, found compression type {member.compress_type}"
         )
 
 
-def _choose(names: list[str], usual: tuple[str, ...], key: str | None) -> str:
+def choose_member(names: list[str], usual: tuple[str, ...], key: str | None) -> str:
     wanted = usual if key is None else (key,)
     for name in wanted:
         if name in names:
@@ -291,13 +296,13 @@ def _choose(names: list[str], usual: tuple[str, ...], key: str | None) -> str:
     if key is None and len(names) == 1:
         return names[0]
     text = " or ".join(map(repr, wanted))
-    raise WrongError(f"expected an array called {text}, found {', '.join(names) or 'none'}")
+    raise FileFormatError(f"expected an array called {text}, found {', '.join(names) or 'none'}")
 
 
 def _labels(name: str, values: _Array) -> _Array:
     labels = values.reshape(-1)
     if labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
-        raise WrongError(f"expected whole numbers as labels {name!r}")
+        raise FileFormatError(f"expected whole numbers as labels {name!r}")
     return labels.astype(np.int64)
 
 
@@ -316,11 +321,11 @@ def _csv(path: Path, header: Header) -> Content:
     for line, cells in itertools.chain(first, rows):
         row = _numbers(cells)
         if len(cells) != width:
-            raise WrongError(f"line {line}: expected {width} cells, found {len(cells)}")
+            raise FileFormatError(f"line {line}: expected {width} cells, found {len(cells)}")
         if row is None:
             at = next(i for i, cell in enumerate(cells) if _numbers([cell]) is None)
             found = f"line {line}, column {at + 1}: expected a number"
-            raise WrongError(f"{found}, found {cells[at][:40]!r}")
+            raise FileFormatError(f"{found}, found {cells[at][:40]!r}")
         if numbers.typecode == "q" and row.typecode == "d":
             numbers = array("d", numbers)
         numbers.extend(row if row.typecode == numbers.typecode else array("d", row))
@@ -351,26 +356,28 @@ def _parquet(path: Path, _: str | None) -> Content:
             real = (types.is_integer, types.is_floating, types.is_boolean)
             if not any(is_type(field.type) for is_type in real):
                 wanted = f"column {field.name!r}: expected integers, floats or bools"
-                raise WrongError(f"{wanted}, got {field.type}")
+                raise FileFormatError(f"{wanted}, got {field.type}")
         check_parquet(path, file)
         meta = file.metadata
         check_held(path, "its values", meta.num_rows * meta.num_columns * 8)
         table = file.read()
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count:
-            raise WrongError(f"column {name!r}: {column.null_count} of its values are missing")
+            raise FileFormatError(f"column {name!r}: {column.null_count} of its values are missing")
     values = np.column_stack([column.to_numpy() for column in table.columns])
     return Content(values, None, tuple(table.column_names))
 
 
 def _mat(path: Path, key: str | None) -> Content:
     arrays = dict(elements(memoryview(path.read_bytes())))  # not mapped: it may be cut off
-    name = _choose(list(arrays), ("X", "images"), key)
+    name = choose_member(list(arrays), ("X", "images"), key)
     values = arrays[name]
     if key is None and name == "X" and "y" in arrays and values.shape[:3] == (32, 32, 3):
         labels = _labels("y", arrays["y"])
         if labels.min() < 0 or labels.max() > 10:
-            raise WrongError(f"expected SVHN labels 1 .. 10, found {labels.min()}..{labels.max()}")
+            raise FileFormatError(
+                f"expected SVHN labels 1 .. 10, found {labels.min()}..{labels.max()}"
+            )
         return Content(np.ascontiguousarray(values.transpose(3, 2, 0, 1)), labels % 10)
     if key is None and name == "images" and values.ndim == 3:
         each = _labels("labs_ex", arrays["labs_ex"]) if "labs_ex" in arrays else None

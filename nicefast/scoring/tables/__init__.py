@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...data.errors import FileFormatError
 from ...data.header import Header, said_header
-from ...data.matlab import WrongError
 from . import arrays
 from .base import Block, Columns, Part, Table
 from .columnar import Arrow, Parquet
@@ -114,7 +114,7 @@ def open_table(
         name = f"{kind} of shape {tuple(source.shape)}"
         try:
             part = Held(source, name, wanted)
-        except WrongError as why:
+        except FileFormatError as why:
             raise ValueError(f"source, {name}: {why}") from None
         again = partial(part.fingerprint, chosen)
         return Table(name, [part], again(), fingerprint_now=again)
@@ -175,4 +175,6 @@ def _check_keys(first: Part, other: Part) -> None:
     for name, kind in first.key_types.items():
         found = other.key_types.get(name)
         if found != kind:
-            raise WrongError(f"key {name!r}: expected {kind} as in {first.name}, found {found}")
+            raise FileFormatError(
+                f"key {name!r}: expected {kind} as in {first.name}, found {found}"
+            )

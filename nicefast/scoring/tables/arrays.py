@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from ...data import readers
-from ...data.matlab import WrongError
+from ...data.errors import FileFormatError
 from .base import STEP, Array, Dtype, Piece, flat, spans
 from .files import guarded, kind_of, read_into
 from .selection import Wanted, of_array
@@ -45,13 +45,13 @@ class Rows:
         wanted: Wanted,
         limited: bool = False,
     ) -> None:
-        readers._check_dtype(dtype)
+        readers.check_dtype(dtype)
         if dtype.itemsize > 8:
-            raise WrongError(f"expected numbers of at most 64 bits, got {dtype}")
+            raise FileFormatError(f"expected numbers of at most 64 bits, got {dtype}")
         if not shape:
-            raise WrongError("holds one number, expected rows")
+            raise FileFormatError("holds one number, expected rows")
         if not math.prod(shape[1:]):
-            raise WrongError(f"holds rows of no values: shape {shape}")
+            raise FileFormatError(f"holds rows of no values: shape {shape}")
         readers.check_held(path, "a row", math.prod(shape[1:]) * dtype.itemsize)
         self.name, self.path = str(path), path
         self.rows: int | None = shape[0]
@@ -129,7 +129,7 @@ def _streamed(
                 at += len(data)
                 yield np.frombuffer(data, dtype).reshape(-1, *shape[1:])
             if stop == shape[0] and stream.read(1):  # and the checksums are looked at
-                raise WrongError(f"expected {row * shape[0]} bytes of values, found more")
+                raise FileFormatError(f"expected {row * shape[0]} bytes of values, found more")
 
     return read
 
@@ -140,7 +140,7 @@ def _exactly(stream: IO[bytes], size: int, before: int, total: int) -> bytearray
         block = stream.read(min(STEP, size - len(data)))
         if not block:
             found = max(before + len(data), 0)
-            raise WrongError(f"truncated: expected {total} bytes of values, found {found}")
+            raise FileFormatError(f"truncated: expected {total} bytes of values, found {found}")
         data += block
     return data
 
@@ -152,7 +152,7 @@ def npy(path: Path, _: str | None, wanted: Wanted) -> Rows:
         offset, found = stream.tell(), path.stat().st_size
     expected = offset + math.prod(shape) * dtype.itemsize
     if expected != found:
-        raise WrongError(f"not a readable .npy file: expected {expected} bytes, found {found}")
+        raise FileFormatError(f"not a readable .npy file: expected {expected} bytes, found {found}")
     return Rows(path, dtype, shape, _stored(path, dtype, shape, offset, columns_first), wanted)
 
 
@@ -160,7 +160,7 @@ def npz(path: Path, key: str | None, wanted: Wanted) -> Rows:
     """An array of a ``.npz``: read at its place where it is stored, else decompressed forward."""
     with zipfile.ZipFile(path) as archive:
         arrays = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-        name = readers._choose(arrays, ("X", "x_train"), key)
+        name = readers.choose_member(arrays, ("X", "x_train"), key)
         info = archive.getinfo(f"{name}.npy")
         readers.check_packing(info)
         with archive.open(info) as stream:
@@ -168,13 +168,15 @@ def npz(path: Path, key: str | None, wanted: Wanted) -> Rows:
             offset = stream.tell()
         expected = offset + math.prod(shape) * dtype.itemsize
         if expected != info.file_size:
-            raise WrongError(f"array {name!r}: expected {expected} bytes, found {info.file_size}")
+            raise FileFormatError(
+                f"array {name!r}: expected {expected} bytes, found {info.file_size}"
+            )
         begins = _member_begins(path, info)
         if info.compress_type == zipfile.ZIP_STORED and begins + expected <= path.stat().st_size:
             reader = _stored(path, dtype, shape, begins + offset, columns_first)
             return Rows(path, dtype, shape, reader, wanted)
         if columns_first:  # the first row ends with the last bytes
-            return held(path, readers._member(archive, name), wanted)
+            return held(path, readers.read_member(archive, name), wanted)
 
     return Rows(
         path,
@@ -205,7 +207,9 @@ def _member_begins(path: Path, info: zipfile.ZipInfo) -> int:
         file.seek(info.header_offset)
         head = file.read(30)
     if len(head) < 30 or head[:4] != b"PK\3\4":
-        raise WrongError("not a readable .npz file: a member's header is not where it should be")
+        raise FileFormatError(
+            "not a readable .npz file: a member's header is not where it should be"
+        )
     return info.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
 
 
@@ -215,7 +219,7 @@ def _header(stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
     former = version == (1, 0)
     header = np.lib.format.read_array_header_1_0 if former else np.lib.format.read_array_header_2_0
     shape, columns_first, dtype = header(stream)
-    readers._check_dtype(dtype)
+    readers.check_dtype(dtype)
     return dtype, shape, columns_first
 
 
@@ -227,14 +231,14 @@ def idx(path: Path, _: str | None, wanted: Wanted) -> Rows:
         magic = stream.read(4)
         code, dimensions = (magic[2], magic[3]) if magic[:2] == b"\0\0" and magic[3:] else (0, 0)
         if code not in readers._IDX or not dimensions:
-            raise WrongError(
+            raise FileFormatError(
                 "not a readable file of a known format (.npy, .npz, .csv, Parquet, Arrow, HDF5, "
                 f".mat, .bin, IDX): expected the magic bytes 00 00 of IDX, a type from 08 to 0e "
                 f"and a number of dimensions, found {magic.hex(' ')}"
             )
         sizes = stream.read(4 * dimensions)
         if len(sizes) < 4 * dimensions:
-            raise WrongError(f"truncated: expected {dimensions} dimensions in the IDX header")
+            raise FileFormatError(f"truncated: expected {dimensions} dimensions in the IDX header")
     shape = struct.unpack(f">{dimensions}I", sizes)
     dtype, offset = np.dtype(readers._IDX[code]), 4 + 4 * dimensions
     if zipped:
@@ -242,7 +246,7 @@ def idx(path: Path, _: str | None, wanted: Wanted) -> Rows:
         return Rows(path, dtype, shape, reader, wanted, limited=True)
     expected, found = math.prod(shape) * dtype.itemsize, path.stat().st_size - offset
     if expected != found:
-        raise WrongError(f"truncated: expected {expected} bytes of values, found {found}")
+        raise FileFormatError(f"truncated: expected {expected} bytes of values, found {found}")
     return Rows(path, dtype, shape, _stored(path, dtype, shape, offset, False), wanted)
 
 
@@ -283,20 +287,20 @@ def _probed(path: Path, key: str | None) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise WrongError(
+        raise FileFormatError(
             f"not a readable HDF5 file: the library was not done with it in {PROBE_SECONDS} seconds"
         ) from None
     try:
         answer = json.loads(done.stdout)
     except ValueError:
         died = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
-        raise WrongError(
+        raise FileFormatError(
             f"not a readable HDF5 file: the library ended with {died} when it read it"
         ) from None
     if "failed" in answer:
-        raise WrongError(f"not a readable HDF5 file, or truncated ({answer['failed']})")
+        raise FileFormatError(f"not a readable HDF5 file, or truncated ({answer['failed']})")
     if "wrong" in answer:
-        raise WrongError(answer["wrong"])
+        raise FileFormatError(answer["wrong"])
     found: dict[str, Any] = answer
     return found
 

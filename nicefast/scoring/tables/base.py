@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.matlab import WrongError
+from ...data.errors import FileFormatError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Dtype = np.dtype[Any] | torch.dtype
@@ -294,10 +294,10 @@ def flat(values: Array, select: slice | Array | None, dtype: Dtype) -> Array:
 
 
 def converted(values: Array, dtype: Dtype) -> Array:
-    """As ``dtype``, its own where possible; WrongError for a uint64 that int64 does not hold."""
+    """As ``dtype``, its own where possible; FileFormatError for a uint64 that int64 does not hold."""
     assert isinstance(dtype, np.dtype)
     if values.dtype.kind == "u" and values.dtype.itemsize == 8 and dtype.kind == "i":
         over = values > np.iinfo(np.int64).max
         if over.any():
-            raise WrongError(f"expected integers below 2^63, found {values[over].flat[0]}")
+            raise FileFormatError(f"expected integers below 2^63, found {values[over].flat[0]}")
     return values.astype(dtype, copy=False)

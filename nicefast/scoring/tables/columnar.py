@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.matlab import WrongError
+from ...data.errors import FileFormatError
 from ...data.readers import check_held, check_parquet
 from .base import STEP, Array, Dtype, Piece, common, converted, spans
 from .files import Paged, guarded, kind_of
@@ -64,7 +64,7 @@ class Columnar:
         selection = select(schema.names, len(schema.names), wanted, width)
         self.columns = [schema.field(i) for i in selection.features]
         if not self.features:
-            raise WrongError("holds rows of no values")
+            raise FileFormatError("holds rows of no values")
         check_held(path, "a row", self.features * 8)
         self.names: tuple[str, ...] | None = tuple(field.name for field in self.columns)
         self.key_types = {schema.field(i).name: schema.field(i).type for i in selection.keys}
@@ -115,8 +115,8 @@ def matrix(
     for i, column in enumerate(columns):
         try:
             values[:, i * width : (i + 1) * width] = _vectors(column, width, dtype)
-        except WrongError as why:
-            raise WrongError(f"column {names[i]!r}: {why}") from None
+        except FileFormatError as why:
+            raise FileFormatError(f"column {names[i]!r}: {why}") from None
     return values
 
 
@@ -126,7 +126,7 @@ def _vectors(column: Any, width: int, dtype: np.dtype[Any]) -> Array:
 
     column = getattr(column, "storage", column)
     if column.null_count and dtype.kind in "iu":
-        raise WrongError("values are missing, against the file's own word")
+        raise FileFormatError("values are missing, against the file's own word")
     if not _is_list(column.type):
         if types.is_boolean(column.type):
             column = column.cast("uint8")
@@ -138,12 +138,12 @@ def _vectors(column: Any, width: int, dtype: np.dtype[Any]) -> Array:
     wrong = lengths[lengths != length]
     if len(wrong) or not length or width % length:
         other = int(wrong[0]) if len(wrong) else length
-        raise WrongError(f"expected vectors of {length} in every row, found one of {other}")
+        raise FileFormatError(f"expected vectors of {length} in every row, found one of {other}")
     found = np.full((len(column), width), np.nan if dtype.kind == "f" else 0, dtype)
     if len(there):
         rows = _vectors(inner, width // length, dtype)
         if rows.size != len(there) * width:
-            raise WrongError(f"expected vectors of {width} values, found others")
+            raise FileFormatError(f"expected vectors of {width} values, found others")
         found[there] = rows.reshape(len(there), width)
     return found
 
@@ -223,7 +223,7 @@ def _check_type(field: Any, alone: bool) -> None:
     numbers = any(is_type(number_of(field.type)) for is_type in real)
     if not numbers or (is_vector(field.type) and not alone):
         also = "; vectors must be the only column" if numbers else ""
-        raise WrongError(
+        raise FileFormatError(
             f"column {field.name!r}: expected integers, floats or bools, found {field.type}{also}; "
             f"leave it out of columns or make it a key"
         )
@@ -470,6 +470,6 @@ def _read_part(pages: Paged, buffer: Any, start: int, stop: int) -> None:
     if buffer is None or not buffer.size:
         return
     if not 0 <= start <= stop <= buffer.size:
-        raise WrongError(f"expected bytes {start} to {stop} of {buffer.size} in a column")
+        raise FileFormatError(f"expected bytes {start} to {stop} of {buffer.size} in a column")
     place = buffer.address - pa.py_buffer(pages.bytes).address
     pages.read(place + start, place + stop)

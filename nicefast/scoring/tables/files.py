@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ...data.matlab import WrongError
+from ...data.errors import FileFormatError
 from .base import Unchanged
 
 KINDS = {
@@ -51,7 +51,7 @@ def guarded(path: Path | str, kind: str) -> Iterator[None]:
         yield
     except (ImportError, Warning):
         raise
-    except WrongError as why:
+    except FileFormatError as why:
         raise ValueError(f"{path}: {why}") from None
     except Exception as error:
         if type(error) is MemoryError:  # pyarrow has one of its own for a length that cannot be
@@ -93,13 +93,13 @@ def expand(source: str | Path | Sequence[str | Path]) -> list[tuple[Path, str | 
         kind = kind_of(path)
         with guarded(path, kind):
             if not path.exists():
-                raise WrongError("no such file")
+                raise FileFormatError("no such file")
             if not path.is_file():
-                raise WrongError(f"not a readable {kind} file: it is a device")
+                raise FileFormatError(f"not a readable {kind} file: it is a device")
             if not path.stat().st_size:
-                raise WrongError(f"not a readable {kind} file: it is empty")
+                raise FileFormatError(f"not a readable {kind} file: it is empty")
             if key is not None and kind not in WITH_ARRAYS:
-                raise WrongError(f"'::{key}' picks an array of a .npz, .mat or HDF5 file")
+                raise FileFormatError(f"'::{key}' picks an array of a .npz, .mat or HDF5 file")
     return [(path, key) for path in found]
 
 
@@ -155,7 +155,7 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 def read_into(file: IO[bytes], onto: Any, offset: int) -> None:
     """Fill the buffer ``onto`` with the bytes at ``offset`` of an unbuffered file.
 
-    WrongError where the file ends before. Files are read this way and not mapped: touching a page
+    FileFormatError where the file ends before. Files are read this way and not mapped: touching a page
     that a mapped file has lost ends the process.
     """
     file.seek(offset)
@@ -164,7 +164,7 @@ def read_into(file: IO[bytes], onto: Any, offset: int) -> None:
     while left:
         count = file.readinto(left)  # type: ignore[attr-defined]
         if not count:
-            raise WrongError(
+            raise FileFormatError(
                 f"truncated: expected {size} bytes at {offset}, found {size - len(left)}"
             )
         left = left[count:]
@@ -192,9 +192,9 @@ class Paged:
         self._file.close()
 
     def read(self, start: int, stop: int) -> memoryview:
-        """The bytes from ``start`` up to ``stop``, read anew; WrongError beyond the file's end."""
+        """The bytes from ``start`` up to ``stop``, read anew; FileFormatError beyond the file's end."""
         if not 0 <= start <= stop <= len(self.bytes):
-            raise WrongError(
+            raise FileFormatError(
                 f"truncated: expected bytes {start} to {stop}, found {len(self.bytes)} bytes"
             )
         place = memoryview(self.bytes)[start:stop]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...checks import filled
 from ...data import readers
-from ...data.matlab import WrongError
+from ...data.errors import FileFormatError
 from .base import Array, Dtype, Piece, flat, spans
 from .selection import Wanted, of_array
 
@@ -126,23 +126,25 @@ class Iterated:
             )
         try:
             return Held(values, self.name, self._wanted)
-        except WrongError as why:
+        except FileFormatError as why:
             raise ValueError(f"{self.name}: item {i}: {why}") from None
 
 
 def _checked(values: Array | Tensor) -> Dtype:
     if not values.ndim:
-        raise WrongError("expected rows, found one number")
+        raise FileFormatError("expected rows, found one number")
     if not math.prod(values.shape[1:]):
-        raise WrongError(f"holds rows of no values: shape {tuple(values.shape)}")
+        raise FileFormatError(f"holds rows of no values: shape {tuple(values.shape)}")
     if isinstance(values, Tensor):
         if values.layout != torch.strided or values.dtype.is_complex or values.is_quantized:
             held = "complex numbers" if values.dtype.is_complex else str(values.layout)
-            raise WrongError(f"expected a dense tensor of real numbers or integers, got {held}")
+            raise FileFormatError(
+                f"expected a dense tensor of real numbers or integers, got {held}"
+            )
         return torch.uint8 if values.dtype == torch.bool else values.dtype
-    readers._check_dtype(values.dtype)
+    readers.check_dtype(values.dtype)
     if values.dtype.itemsize > 8:
-        raise WrongError(f"expected numbers of at most 64 bits, got {values.dtype}")
+        raise FileFormatError(f"expected numbers of at most 64 bits, got {values.dtype}")
     if values.dtype.kind in "iub" and np.ma.is_masked(values):
         return np.dtype(np.float64)  # which holds what is missing, as in a file
     return np.dtype(np.uint8) if values.dtype.kind == "b" else values.dtype.newbyteorder("=")

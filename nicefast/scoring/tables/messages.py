@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ...data.matlab import WrongError
+from ...data.errors import FileFormatError
 from .files import Paged
 
 SCHEMA, DICTIONARY, BATCH = 1, 2, 3
@@ -39,7 +39,7 @@ def messages(pages: Paged) -> tuple[bool, list[Message]]:
     """Whether it is a file with a footer, else a stream; and its messages in their order.
 
     A file's magic bytes and its footer, which has the schema, count as messages of kind SCHEMA.
-    WrongError for what cannot be.
+    FileFormatError for what cannot be.
     """
     size = len(pages.bytes)
     random = bytes(pages.read(0, min(6, size))) == _MAGIC
@@ -50,7 +50,7 @@ def _by_footer(pages: Paged) -> Iterator[Message]:
     size = len(pages.bytes)
     length, magic = struct.unpack("<i6s", pages.read(max(size - 10, 0), size))
     if magic != _MAGIC or not 0 < length <= size - 20:
-        raise WrongError("not a readable Arrow file, or truncated: it has no footer")
+        raise FileFormatError("not a readable Arrow file, or truncated: it has no footer")
     begin = size - 10 - length
     yield Message(0, 8, 8, SCHEMA, False)
     yield Message(begin, size, size, SCHEMA, False)
@@ -59,7 +59,9 @@ def _by_footer(pages: Paged) -> Iterator[Message]:
         for block in footer.structs(field, 24):
             start, metadata, body = struct.unpack("<qi4xq", block)
             if metadata < 8 or body < 0:
-                raise WrongError("not a readable Arrow file: a block of its footer has no size")
+                raise FileFormatError(
+                    "not a readable Arrow file: a block of its footer has no size"
+                )
             yield _message(pages, start, start + metadata, start + metadata + body)
 
 
@@ -72,17 +74,17 @@ def _one_by_one(pages: Paged) -> Iterator[Message]:
             return
         body = at + prefix + length
         if length < 0:
-            raise WrongError("not a readable Arrow stream: a message has no size")
+            raise FileFormatError("not a readable Arrow stream: a message has no size")
         more = _Table.root(pages.read(at + prefix, body)).number(3, "<q")
         if more < 0:
-            raise WrongError("not a readable Arrow stream: a message has no size")
+            raise FileFormatError("not a readable Arrow stream: a message has no size")
         yield _message(pages, at, body, body + more)
         at = body + more
 
 
 def _message(pages: Paged, start: int, body: int, end: int) -> Message:
     if not 0 <= start < body <= end <= len(pages.bytes):
-        raise WrongError(
+        raise FileFormatError(
             f"truncated: expected a message up to byte {end}, found {len(pages.bytes)} bytes"
         )
     metadata = pages.read(start, body)
@@ -117,7 +119,7 @@ class _Table:
     def table(self, field: int) -> _Table:
         place = self._place(field)
         if place is None:
-            raise WrongError("not a readable Arrow file: a message lacks its header")
+            raise FileFormatError("not a readable Arrow file: a message lacks its header")
         return _Table(self._data, place + self._read("<I", place))
 
     def structs(self, field: int, size: int) -> Iterator[memoryview]:
@@ -128,7 +130,7 @@ class _Table:
         at = place + self._read("<I", place)
         count = self._read("<I", at)
         if at + 4 + count * size > len(self._data):
-            raise WrongError("not a readable Arrow file: its footer is too short")
+            raise FileFormatError("not a readable Arrow file: its footer is too short")
         for i in range(count):
             begin = at + 4 + i * size
             yield self._data[begin : begin + size]
@@ -141,6 +143,6 @@ class _Table:
 
     def _read(self, code: str, at: int) -> int:
         if not 0 <= at <= len(self._data) - struct.calcsize(code):
-            raise WrongError("not a readable Arrow file: its metadata point out of themselves")
+            raise FileFormatError("not a readable Arrow file: its metadata point out of themselves")
         (value,) = struct.unpack_from(code, self._data, at)
         return int(value)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ...checks import check_type
+from ...data.errors import FileFormatError
 from ...data.header import Header
-from ...data.matlab import WrongError
 from .base import Array, Columns
 
 
@@ -52,7 +52,7 @@ def select(
     any order. ``count`` says how many values a row has in the columns at these positions.
 
     Raises:
-        WrongError: a column that is not there, or twice; another number of columns than the first
+        FileFormatError: a column that is not there, or twice; another number of columns than the first
             file or ``event_shape`` has.
 
     >>> select(("id", "a", "b"), 3, Wanted(keys=("id",)))
@@ -71,21 +71,21 @@ def select(
         times = Counter(names)
         for i in (*features, *keys):
             if times[names[i]] > 1:
-                raise WrongError(f"column {names[i]!r} is there {times[names[i]]} times")
+                raise FileFormatError(f"column {names[i]!r} is there {times[names[i]]} times")
     if not features:
-        raise WrongError("no columns are left for the values of a row")
+        raise FileFormatError("no columns are left for the values of a row")
     check_width(count(features), wanted)
     return Selection(features, keys)
 
 
 def check_width(features: int, wanted: Wanted) -> None:
-    """WrongError unless a row has as many values as in the first file and ``event_shape``."""
+    """FileFormatError unless a row has as many values as in the first file and ``event_shape``."""
     if wanted.like is not None and features != wanted.like[2]:
         first, _, number = wanted.like
-        raise WrongError(f"expected {number} columns as in {first}, found {features}")
+        raise FileFormatError(f"expected {number} columns as in {first}, found {features}")
     shape = wanted.event_shape
     if shape is not None and math.prod(shape) != features:
-        raise WrongError(
+        raise FileFormatError(
             f"expected rows of {math.prod(shape)} values, the event shape being {tuple(shape)}, "
             f"found {features}"
         )
@@ -98,7 +98,7 @@ def of_array(shape: tuple[int, ...], wanted: Wanted) -> tuple[slice | Array | No
     """
     width = math.prod(shape)
     if wanted.keys:
-        raise WrongError(
+        raise FileFormatError(
             f"keys are columns of Parquet, Arrow and CSV files, an array has none: {wanted.keys!r}"
         )
     if wanted.columns is None:
@@ -128,19 +128,19 @@ def _positions(
     for column in columns:
         if isinstance(column, str):
             if names is None:
-                raise WrongError(
+                raise FileFormatError(
                     f"{what}: it has no names of columns, give positions for {column!r}"
                 )
             if column not in names:
-                raise WrongError(f"no column {column!r}: expected one of {_list(names)}")
+                raise FileFormatError(f"no column {column!r}: expected one of {_list(names)}")
             found.append(list(names).index(column))
         elif not -width <= column < width:
-            raise WrongError(f"no column {column}: expected a position below {width}")
+            raise FileFormatError(f"no column {column}: expected a position below {width}")
         else:
             found.append(column % width)
     for i in found:
         if found.count(i) > 1:
-            raise WrongError(f"{what} has column {names[i] if names else i!r} twice")
+            raise FileFormatError(f"{what} has column {names[i] if names else i!r} twice")
     return tuple(found)
 
 
@@ -152,13 +152,13 @@ def _as_in(
     if theirs is None or names is None:
         if (theirs is None) != (names is None):
             with_names = "names of columns, found none" if names is None else "no names of columns"
-            raise WrongError(f"expected {with_names}, as in {first}")
+            raise FileFormatError(f"expected {with_names}, as in {first}")
         return features
     missing = [name for name in theirs if name not in names]
     more = [names[i] for i in features if names[i] not in theirs]
     if missing or (more and wanted.columns is None):
         said = f"lacks {_list(missing)}" if missing else f"has also {_list(more)}"
-        raise WrongError(
+        raise FileFormatError(
             f"expected the {number} columns of {first}, found {len(features)}: it {said}"
         )
     return tuple(list(names).index(name) for name in theirs)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ...data.errors import FileFormatError
 from ...data.header import LOOKED_AT, MISSING, is_header, number_of, said_header
-from ...data.matlab import WrongError
 from ...data.readers import MOST_LINE, csv_rows
 from .base import Dtype, Piece
 from .columnar import arrow_of, matrix
@@ -36,12 +36,14 @@ class CSV:
         self._header = 0  # its last line's number
         rows = list(self._beginning())
         if not rows:
-            raise WrongError("holds no rows")
+            raise FileFormatError("holds no rows")
         line, cells = rows[0]
         self._block = max(BLOCK, 8 * max(sum(map(len, row)) + len(row) for _, row in rows))
         self.width = len(cells)
         if self.width > MOST_CELLS:
-            raise WrongError(f"line {line}: expected {MOST_CELLS} cells at most, got {self.width}")
+            raise FileFormatError(
+                f"line {line}: expected {MOST_CELLS} cells at most, got {self.width}"
+            )
         asked = [c for c in (*(wanted.columns or ()), *wanted.keys) if isinstance(c, str)]
         header = [cell.strip() for cell in cells]
         named = bool(asked) and all(name in header for name in asked)
@@ -156,10 +158,10 @@ class CSV:
 
     def _check(self, line: int, cells: list[str]) -> None:
         if len(cells) != self.width:
-            raise WrongError(f"line {line}: expected {self.width} cells, found {len(cells)}")
+            raise FileFormatError(f"line {line}: expected {self.width} cells, found {len(cells)}")
         for i in self.chosen:
             if not (number_of(cells[i]) is not None or cells[i].strip() in MISSING):
-                raise WrongError(
+                raise FileFormatError(
                     f"line {line}, column {self.labels[i]}: expected a number, "
                     f"found {cells[i][:40]!r}"
                 )
