@@ -113,7 +113,7 @@ def has_format(path: str | Path) -> bool:
 
 
 def check_held(path: Path, what: str, size: int) -> None:
-    """FileFormatError where ``what``, which has to be in memory at once, takes more than can be meant.
+    """FileFormatError where ``what``, held in memory at once, takes more than can be meant.
 
     That is 256 MiB, or 256 times the file's size where this is more.
     """
@@ -203,7 +203,7 @@ def _array(data: bytearray | memoryview, dtype: np.dtype, shape: tuple[int, ...]
     return values.astype(dtype.newbyteorder("="), copy=False)
 
 
-_IDX = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+IDX = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 def _idx(path: Path, _: str | None) -> Content:
@@ -211,7 +211,7 @@ def _idx(path: Path, _: str | None) -> Content:
         zipped = raw.peek(2)[:2] == b"\x1f\x8b"
         with cast(IO[bytes], gzip.GzipFile(fileobj=raw) if zipped else raw) as stream:
             magic = stream.read(4)
-            if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX or not magic[3]:
+            if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in IDX or not magic[3]:
                 known = ", ".join((*sorted((".csv", *_READERS)), "IDX"))
                 raise FileFormatError(
                     f"not a readable file of a known format ({known}): expected the magic bytes "
@@ -223,7 +223,7 @@ def _idx(path: Path, _: str | None) -> Content:
                 raise FileFormatError(
                     f"truncated: expected {magic[3]} dimensions in the IDX header"
                 )
-            shape, dtype = struct.unpack(f">{magic[3]}I", sizes), np.dtype(_IDX[magic[2]])
+            shape, dtype = struct.unpack(f">{magic[3]}I", sizes), np.dtype(IDX[magic[2]])
             data = _payload(stream, math.prod(shape) * dtype.itemsize)
             return Content(_array(data, dtype, shape))
 

@@ -230,7 +230,7 @@ def idx(path: Path, _: str | None, wanted: Wanted) -> Rows:
     with gzip.open(path) if zipped else path.open("rb") as stream:
         magic = stream.read(4)
         code, dimensions = (magic[2], magic[3]) if magic[:2] == b"\0\0" and magic[3:] else (0, 0)
-        if code not in readers._IDX or not dimensions:
+        if code not in readers.IDX or not dimensions:
             raise FileFormatError(
                 "not a readable file of a known format (.npy, .npz, .csv, Parquet, Arrow, HDF5, "
                 f".mat, .bin, IDX): expected the magic bytes 00 00 of IDX, a type from 08 to 0e "
@@ -240,7 +240,7 @@ def idx(path: Path, _: str | None, wanted: Wanted) -> Rows:
         if len(sizes) < 4 * dimensions:
             raise FileFormatError(f"truncated: expected {dimensions} dimensions in the IDX header")
     shape = struct.unpack(f">{dimensions}I", sizes)
-    dtype, offset = np.dtype(readers._IDX[code]), 4 + 4 * dimensions
+    dtype, offset = np.dtype(readers.IDX[code]), 4 + 4 * dimensions
     if zipped:
         reader = _streamed(cast(_Open, partial(gzip.open, path)), dtype, shape, offset)
         return Rows(path, dtype, shape, reader, wanted, limited=True)

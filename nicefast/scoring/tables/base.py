@@ -294,7 +294,7 @@ def flat(values: Array, select: slice | Array | None, dtype: Dtype) -> Array:
 
 
 def converted(values: Array, dtype: Dtype) -> Array:
-    """As ``dtype``, its own where possible; FileFormatError for a uint64 that int64 does not hold."""
+    """As ``dtype``, its own where possible; FileFormatError for a uint64 beyond int64."""
     assert isinstance(dtype, np.dtype)
     if values.dtype.kind == "u" and values.dtype.itemsize == 8 and dtype.kind == "i":
         over = values > np.iinfo(np.int64).max

@@ -155,8 +155,8 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 def read_into(file: IO[bytes], onto: Any, offset: int) -> None:
     """Fill the buffer ``onto`` with the bytes at ``offset`` of an unbuffered file.
 
-    FileFormatError where the file ends before. Files are read this way and not mapped: touching a page
-    that a mapped file has lost ends the process.
+    FileFormatError where the file ends before. Files are read this way and not mapped: touching a
+    page that a mapped file has lost ends the process.
     """
     file.seek(offset)
     left = memoryview(onto).cast("B")
@@ -192,7 +192,7 @@ class Paged:
         self._file.close()
 
     def read(self, start: int, stop: int) -> memoryview:
-        """The bytes from ``start`` up to ``stop``, read anew; FileFormatError beyond the file's end."""
+        """The bytes from ``start`` up to ``stop``, read anew; FileFormatError beyond the end."""
         if not 0 <= start <= stop <= len(self.bytes):
             raise FileFormatError(
                 f"truncated: expected bytes {start} to {stop}, found {len(self.bytes)} bytes"

@@ -52,8 +52,8 @@ def select(
     any order. ``count`` says how many values a row has in the columns at these positions.
 
     Raises:
-        FileFormatError: a column that is not there, or twice; another number of columns than the first
-            file or ``event_shape`` has.
+        FileFormatError: a column that is not there, or twice; another number of columns than the
+            first file or ``event_shape`` has.
 
     >>> select(("id", "a", "b"), 3, Wanted(keys=("id",)))
     Selection(features=(1, 2), keys=(0,))
