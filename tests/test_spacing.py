@@ -237,12 +237,12 @@ def test_fit_decides_by_column_and_records_it(tmp_path, name):
     for draw in range(3):
         x, log_det = again.forward(data.test, 5, draw << 40)
         by_hand.append(run.model.log_prob(x).double() + log_det)
-    np.testing.assert_allclose(scores, torch.stack(by_hand).mean(0).detach(), rtol=1e-9)
+    np.testing.assert_allclose(scores, torch.stack(by_hand).mean(0).detach(), rtol=1e-5)
     moved = data.test.numpy() + 0.01 * np.array(SPACINGS)  # no multiples: as they are
     found = nf.score(folder, moved, draws=3).values["log_prob"]
     x, log_det = again.exact(torch.from_numpy(moved))
     direct = run.model.log_prob(x.float()).double() + log_det
-    np.testing.assert_allclose(found, direct.detach(), rtol=1e-9)
+    np.testing.assert_allclose(found, direct.detach(), rtol=1e-5)
 
 
 def test_a_table_with_one_integer_column_has_a_bounded_density(tmp_path):
