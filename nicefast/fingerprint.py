@@ -56,20 +56,32 @@ class Fingerprinted(nn.Module):
 
 
 def fingerprint(text: str) -> Tensor:
-    """The first eight bytes of the text's SHA-256, (8,) uint8, on the CPU.
+    """The first six bytes of the text's SHA-256 and two that check them, (8,) uint8, on the CPU.
 
     >>> fingerprint("a").tolist()
-    [202, 151, 129, 18, 202, 27, 189, 202]
+    [202, 151, 129, 18, 202, 27, 7, 210]
     """
-    digest = hashlib.sha256(text.encode()).digest()[:8]
-    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")
+    digest = hashlib.sha256(text.encode()).digest()[:6]
+    return torch.tensor([*digest, *_check(digest)], dtype=torch.uint8, device="cpu")
+
+
+def _check(digest: bytes) -> bytes:
+    return hashlib.sha256(b"nicefast" + digest).digest()[:2]
 
 
 def _equal(given: Any, own: Tensor) -> bool:
-    """Also where a mean of equal fingerprints was taken, as averages of state_dicts are; and where
-    tensors have no values: on the meta device, in FakeTensorMode."""
+    """Whether ``given`` is this fingerprint, or none at all.
+
+    Code that changes every tensor of a state_dict leaves something that is no fingerprint, which
+    says nothing; a mean of equal ones, as averages of state_dicts are, still is one. Without values,
+    as on the meta device and in FakeTensorMode, nobody can tell.
+    """
     if not isinstance(given, Tensor) or given.shape != own.shape or given.is_complex():
-        return False
+        return True
     if any(t.is_meta or isinstance(t, FakeTensor) for t in (given, own)):
         return True
-    return torch.equal(given.detach().double().round().to("cpu"), own.double())
+    found = given.detach().double().round().to("cpu")
+    if not ((found >= 0) & (found < 256)).all():
+        return True
+    numbers = bytes(int(v) for v in found.tolist())
+    return numbers[6:] != _check(numbers[:6]) or torch.equal(found, own.double())

@@ -289,7 +289,11 @@ def sample_prior(
         raise TypeError(f"dtype must be floating point, got {dtype}")
     if seed is None:
         seed = draw_seed(generator)
-    if not isinstance(seed, Tensor):
+    if isinstance(seed, Tensor):
+        if seed.ndim or seed.dtype != torch.int64:
+            shape = tuple(seed.shape)
+            raise TypeError(f"seed must be an integer, got a tensor of {seed.dtype}, shape {shape}")
+    else:
         seed = check_seed(seed)
     if watchers.wants_definition() and not isinstance(seed, Tensor):
         check_log_scale(log_scale)

@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from ..data.header import number_of
 from ..data.readers import read
 from ..files import put
 
@@ -59,7 +60,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if empty is not None:
         values = empty
     elif kind == "csv":
-        values = read(path, header=not _are_integers(_first_cells(path))).values
+        values = read(
+            path, header=all(number_of(cell) is None for cell in _first_cells(path))
+        ).values
     else:
         values = read(path).values
     if values.dtype.kind not in "iu":

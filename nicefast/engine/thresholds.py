@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 #: Least operations of a float32 product on the CPU for which oneDNN multiplies in MKL's place, on
-#: processors that MKL is not made for. One call of oneDNN costs 10 us more than one of MKL's, and
+#: AMD's processors with AVX-512. One call of oneDNN costs 10 us more than one of MKL's, and
 #: it computes 257 GFLOP/s a core instead of 118 (AMD Zen 5), so that it pays from 4 MFLOP on.
 ONEDNN_FLOPS = 1 << 22
 
