@@ -73,8 +73,8 @@ def _equal(given: Any, own: Tensor) -> bool:
     """Whether ``given`` is this fingerprint, or none at all.
 
     Code that changes every tensor of a state_dict leaves something that is no fingerprint, which
-    says nothing; a mean of equal ones, as averages of state_dicts are, still is one. Without values,
-    as on the meta device and in FakeTensorMode, nobody can tell.
+    says nothing; a mean of equal ones, as averages of state_dicts are, still is one. Without
+    values, as on the meta device and in FakeTensorMode, nobody can tell.
     """
     if not isinstance(given, Tensor) or given.shape != own.shape or given.is_complex():
         return True

@@ -2,9 +2,9 @@
 
 On the CPU, PyTorch's float32 products are MKL's. On AMD's processors MKL leaves AVX-512 unused and
 computes at less than half of the rate that oneDNN reaches there, so oneDNN takes the products that
-are large enough for its calls to pay. Elsewhere, on AMD's processors without AVX-512 too (where both
-are equally fast forwards, and MKL is twice as fast at weight gradients), and for every other dtype,
-PyTorch chooses.
+are large enough for its calls to pay. Elsewhere, and for every other dtype, PyTorch chooses; so it
+does on AMD's processors without AVX-512, where both are equally fast forwards and MKL is twice as
+fast at weight gradients.
 """
 
 from __future__ import annotations
