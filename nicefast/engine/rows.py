@@ -72,10 +72,12 @@ class RowEngine:
         """log_prob (N,) of rows x, in nats; what its gradient needs is appended to ``save``, one
         entry for each block."""
         scale, rest = self.density
-        out = []
-        for rows in self._cut(len(x), save):
-            kept = _entry(save)
-            z = torch.cat(self._couple(x[rows], _part(context, rows), False, kept), 1).mul_(scale)
+        out, blocks = [], self._cut(len(x), save)
+        for rows in blocks:
+            kept, own, c = _entry(save), x, context
+            if len(blocks) > 1:
+                own, c = x[rows], _part(context, rows)
+            z = torch.cat(self._couple(own, c, False, kept), 1).mul_(scale)
             if kept is not None:
                 kept.z.append(z)
             out.append(sum_log_prior(z, self.prior).add_(rest))

@@ -56,12 +56,12 @@ class CouplingStack:
     def features(self) -> int:
         return self.halves[0].size + self.halves[1].size
 
-    @property
+    @cached_property
     def hidden(self) -> int:
         """Units of the widest hidden layer, 0 without one."""
         return max((b.shape[0] for layers in self.couplings for _, b in layers[:-1]), default=0)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of the widest result of a product."""
         return max(b.shape[0] for layers in self.couplings for _, b in layers)
@@ -76,7 +76,7 @@ class CouplingStack:
         """Floating-point operations of all products for one row."""
         return 2 * sum(w.numel() for layers in self.couplings for w, _ in layers)
 
-    @property
+    @cached_property
     def residual_bytes(self) -> int:
         """Bytes that the gradient of one row needs."""
         each = 2 if ACTIVATIONS[self.activation].from_input else 1
