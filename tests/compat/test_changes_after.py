@@ -596,7 +596,7 @@ def test_a_block_whose_inner_coupling_is_fast_already():
     assert [type(m) for m in after.modules()] == [type(m) for m in before.modules()]
     after.flows[1] = Louder(after.flows[1].param_map, scale=False)
     reason = nf.accelerate(after).left[0].reason
-    assert "test_changes.Louder" in reason
+    assert "test_changes_after.Louder" in reason
     assert "expected normflows' Split, AffineCoupling and Merge" in reason
 
 
