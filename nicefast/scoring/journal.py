@@ -17,9 +17,11 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from ..files import sync_names
 
 FORMAT = "nicefast.scores/2"
 WITHOUT_CHECKSUMS = "nicefast.scores/1"  # the format of nicefast 0.1.0
@@ -93,7 +95,7 @@ class Journal:
         self.file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         if not path.stat().st_size:
             self.append([{"identity": identity}])
-            sync_folder(folder)
+            sync_names(folder)
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add lines and wait until they are on the disk."""
@@ -192,7 +194,7 @@ class Folder:
         size = assembled.stat().st_size
         journal.append([{"assembled": assembled.name, "length": size, **total._asdict()}])
         os.replace(assembled, self.out)
-        sync_folder(self.out.parent)
+        sync_names(self.out.parent)
 
     def remove(self) -> None:
         """Remove the folder: at once as far as anyone can see."""
@@ -255,7 +257,7 @@ class Folder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path / JOURNAL)
-        sync_folder(self.path)
+        sync_names(self.path)
         for path in self.path.iterdir():
             if re.fullmatch(r"journal\.\d+\.jsonl", path.name) or path.stem == "assembled":
                 path.unlink()
@@ -385,16 +387,6 @@ def blocks(path: Path, entry: Entry) -> Iterator[bytes]:
         while left > 0 and (block := file.read(min(left, _BLOCK))):
             left -= len(block)
             yield block
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in ``folder`` are on the disk, where a system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _lines(identity: Mapping[str, Any], contents: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
