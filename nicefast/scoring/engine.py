@@ -196,10 +196,8 @@ class Engine:
                 at += rows
                 staged.put(Staged(block.start, rows, size, buffer, block.keys))
             if stop is not None and at != stop:
-                raise ValueError(
-                    f"{self.table.name}: expected rows up to {stop}, found {at}: "
-                    f"was it changed meanwhile?"
-                )
+                self.table.check_unchanged()
+                raise ValueError(f"{self.table.name}: expected rows up to {stop}, found {at}")
         staged.end()
 
     def _compute(
