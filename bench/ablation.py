@@ -8,8 +8,9 @@ process; times are medians, on the CPU, in float32. JSON lines and a table go to
 bench/results/ablation/MACHINE/.
 
 Allocator states: *fresh* is glibc as it starts, and kept so: every block from 128 KiB up is mapped
-and faulted in anew. *settled* is glibc after nicefast.threads.settle_allocator, as every process is
-in which nicefast has computed. `--quick` takes seconds, with tiny flows, to see that it runs.
+and faulted in anew. *settled* is glibc after nicefast.runtime.threads.settle_allocator, as every
+process is in which nicefast has computed. `--quick` takes seconds, with tiny flows, to see that it
+runs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from nicefast.engine.backward import Wanted, log_prob_vjp
 from nicefast.engine.rows import Residuals, RowEngine
 from nicefast.engine.stack import CouplingStack, read
 from nicefast.likelihood import sum_log_prior
-from nicefast.threads import settle_allocator
+from nicefast.runtime.threads import settle_allocator
 
 from . import records, timing
 from .gate import Gate

@@ -2,14 +2,14 @@
 
 from . import functional, priors, reference
 from ._version import __version__
-from .backend import get_backend, set_backend
-from .checkpoint import load, save
 from .compat import accelerate, convert, restore
 from .deprecated import choose_path
-from .export import export_onnx, export_program
 from .flow import NICE
+from .io.checkpoint import load, save
+from .io.export import export_onnx, export_program
 from .layers import MLP, AdditiveCoupling, Scaling
 from .partition import Partition
+from .runtime.backend import get_backend, set_backend
 from .scoring import score
 
 __all__ = [

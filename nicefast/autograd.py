@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from . import reference
 from .partition import columns_of
-from .reference import at_least_float32
+from .runtime.precision import at_least_float32
 
 
 class AdditiveCoupling(Function):

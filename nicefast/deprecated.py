@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import captures
-from .backend import get_backend
 from .engine import Flow, Plan, plan
-from .precision import matmul_precision
+from .engine.rows import RowEngine
+from .runtime import captures
+from .runtime.backend import get_backend
+from .runtime.precision import matmul_precision
 
 METHODS = ("log_prob", "forward", "inverse")
 NAMES = {  # of 0.1
@@ -77,7 +78,7 @@ class GraphedFlow:
         rows, c = self.flow.rows("z" if self.method == "inverse" else "x", x, context)
         engine = self.flow.plan(rows, c).engine
         if (
-            engine is None
+            not isinstance(engine, RowEngine)
             or engine.log_scale is None
             or not captures.can_capture(rows.device)
             or not len(rows)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count, check_seed, check_type
-from .devices import device_of, dtype_of
+from .exact.grid import round_to_grid
 from .flow import NICE
-from .grid import round_to_grid
-from .precision import at_precision
 from .preprocessing import Preprocessing
-from .ranks import Ranks
+from .runtime.devices import device_of, dtype_of
+from .runtime.precision import at_precision
+from .runtime.ranks import Ranks
 
 SCORING_ROWS = 8192
 OBJECTIVES = ("density", "cells")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from . import functional as F  # noqa: N812
-from . import priors, reversible, watchers
+from . import priors
 from .architecture import architecture
 from .checks import check_choice, check_context, check_count, check_events
 from .deprecated import METHODS, GraphedFlow
@@ -22,16 +22,18 @@ from .engine import Plan
 from .engine import couple as run_couplings
 from .engine import log_prob as run_log_prob
 from .engine import plan as plan_call
+from .engine import transform as run_whole
+from .engine.exact import ExactEngine
 from .engine.explanation import explanation
 from .engine.frozen import FrozenFlow
 from .engine.kernel import KernelEngine
 from .engine.rows import RowEngine
+from .exact.grid import check_grid, round_to_grid
 from .fingerprint import Fingerprinted
-from .grid import check_grid, check_range, round_to_grid
 from .layers import MLP, AdditiveCoupling, Scaling, is_plain_scaling
 from .partition import Partition
-from .reference import at_least_float32
-from .threads import undisturbed
+from .runtime import watchers
+from .runtime.precision import at_least_float32
 
 
 class NICE(Fingerprinted):
@@ -194,12 +196,9 @@ class NICE(Fingerprinted):
         plan, log_det = self.plan(h, c), None
         engine = self._engine(plan, h, c)
         if engine is not None:
-            with undisturbed(h.device):
-                z = engine.forward(h, c)
+            z = run_whole(engine, h, c, inverse=False)
         else:
-            z = self._couple(plan, h, c)
-            if self.grid is None:
-                z, log_det = self.scaling(z)
+            z, log_det = self.scaling(self._couple(plan, h, c))
         log_det = self._log_det(x) if log_det is None else log_det
         return _shaped(z, x.shape), _shaped(log_det, self._batch_shape(x))
 
@@ -215,11 +214,9 @@ class NICE(Fingerprinted):
         plan, log_det = self.plan(h, c), None
         engine = self._engine(plan, h, c)
         if engine is not None:
-            with undisturbed(h.device):
-                h = engine.inverse(h, c)
+            h = run_whole(engine, h, c, inverse=True)
         else:
-            if self.grid is None:
-                h, log_det = self.scaling.inverse(h)
+            h, log_det = self.scaling.inverse(h)
             h = self._couple(plan, h, c, inverse=True)
         log_det = -self._log_det(z) if log_det is None else log_det
         return _shaped(h, z.shape), _shaped(log_det, self._batch_shape(z))
@@ -479,9 +476,13 @@ class NICE(Fingerprinted):
         """
         return plan_call(self, x, context)
 
-    def _engine(self, plan: Plan, x: Tensor, context: Tensor | None) -> RowEngine | None:
-        """The engine that scales, too, where no gradient is recorded."""
+    def _engine(
+        self, plan: Plan, x: Tensor, context: Tensor | None
+    ) -> RowEngine | ExactEngine | None:
+        """The engine that computes forward and inverse whole, where there is one."""
         engine = plan.engine
+        if isinstance(engine, ExactEngine):
+            return engine
         if engine is None or engine.log_scale is None:
             return None
         recorded = (x, context, self.scaling.log_scale, *engine.stack.parameters)
@@ -491,14 +492,6 @@ class NICE(Fingerprinted):
         self, plan: Plan, h: Tensor, context: Tensor | None, inverse: bool = False
     ) -> Tensor:
         """Rows through all couplings (inverse: back), as planned."""
-        if self.grid is not None:
-            given, h = h, round_to_grid(h, self.grid)
-            check_range("z" if inverse else "x", h, given, self.grid)
-            for i, coupling in enumerate(self.couplings):
-                own = getattr(coupling, "grid", None)
-                if own != self.grid:  # one that was put in later: its shifts would not be exact
-                    raise ValueError(f"coupling {i} must have the grid {self.grid:g}, got {own}")
-            return reversible.couple(self._couplings(), h, context, inverse)
         if plan.engine is not None:
             return run_couplings(plan.engine, h, context, inverse)
         for coupling in reversed(self._couplings()) if inverse else self._couplings():

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, reference, watchers
+from . import autograd, reference
 from .checks import (
     check_count,
     check_coupling,
@@ -27,6 +27,7 @@ from .checks import (
 from .ops import check_log_scale
 from .partition import Features, Partition, columns_of
 from .reference import check_prior
+from .runtime import watchers
 
 
 def additive_coupling(

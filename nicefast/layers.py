@@ -14,7 +14,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import exact, watchers
 from . import functional as F  # noqa: N812
 from .checks import (
     as_integer,
@@ -24,11 +23,14 @@ from .checks import (
     check_type,
     is_number,
 )
+from .exact import arithmetic as exact
+from .exact.grid import check_grid, check_range, round_to_grid
 from .fingerprint import Fingerprinted
-from .grid import check_grid, check_range, round_to_grid
 from .ops import check_log_scale
 from .partition import Partition
-from .reference import ACTIVATIONS, at_least_float32
+from .reference import ACTIVATIONS
+from .runtime import watchers
+from .runtime.precision import at_least_float32
 
 
 class MLP(Fingerprinted):

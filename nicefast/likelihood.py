@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from .threads import settle_allocator
+from .runtime.threads import settle_allocator
 
 BLOCK_ELEMENTS = 1 << 18  # of h in one block: 1 MiB
 FACTORS = 64  # of one product: each is between a half and one, so it stays far from underflow

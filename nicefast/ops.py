@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, likelihood, noise, reference
+from . import likelihood, reference
 from .partition import columns_of
-from .watchers import has_values
+from .runtime import backend
+from .runtime.precision import at_least_float32
+from .runtime.watchers import has_values
 
 _DEVICES = ("CPU", "CUDA", "MPS", "XPU")
 _library = torch.library.Library("nicefast", "DEF")
@@ -167,7 +169,7 @@ def _select_features(
     columns = reference.select_features(x, columns_of(index, start, step, count))
     if negate:
         columns = -columns
-    work = reference.at_least_float32(x.dtype)
+    work = at_least_float32(x.dtype)
     sums = columns.sum(0, dtype=work) if column_sums else x.new_empty(0, dtype=work)
     out = columns.to(dtype)
     return (out.clone() if out._is_view() else out).contiguous(), sums
@@ -183,7 +185,7 @@ def _select_features_fake(
     column_sums: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    work = reference.at_least_float32(x.dtype)
+    work = at_least_float32(x.dtype)
     sums = x.new_empty(count if column_sums else 0, dtype=work)
     return x.new_empty((x.shape[0], count), dtype=dtype), sums
 
@@ -217,7 +219,7 @@ def _scale_log_prob(
 def _scale_log_prob_fake(
     h: Tensor, log_scale: Tensor, prior: str, return_z: bool
 ) -> tuple[Tensor, Tensor]:
-    work = reference.at_least_float32(h.dtype, log_scale.dtype)
+    work = at_least_float32(h.dtype, log_scale.dtype)
     z = h.new_empty(h.shape if return_z else (0,))
     return z, h.new_empty(h.shape[0], dtype=work)
 
@@ -256,8 +258,6 @@ _define(
 def _sample_prior(
     log_scale: Tensor, n: int, row_offset: int, seed: int, prior: str, dtype: torch.dtype
 ) -> Tensor:
-    if dtype == log_scale.dtype:
-        return noise.sample_prior(log_scale, n, seed, prior, row_offset)
     return reference.sample_prior(log_scale, n, seed, prior, row_offset, dtype)
 
 

@@ -6,15 +6,16 @@ into batches, nor on the device.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .watchers import is_compiled, is_exported, is_transformed
+from .runtime.watchers import is_compiled, is_exported, is_transformed
 
-FEW_QUADS = 1 << 15  # with fewer, PyTorch has one thread, and calls NumPy's cost less
+PIECE = 1 << 13  # counters whose words NumPy computes at a time: they stay in the cache
 MASK = 0xFFFFFFFF
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 
@@ -35,26 +36,45 @@ def philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
         c = _words(rows, quads, word, seed)
         signed = [((own & MASK) ^ 0x80000000) - 0x80000000 for own in c]
         return torch.stack(signed, -1).view(len(rows), 4 * len(quads))
-    few_here = rows.device.type == "cpu" and len(rows) * len(quads) < FEW_QUADS
-    if few_here and not is_compiled() and _is_plain(rows):
-        return torch.from_numpy(philox_of_few(rows.numpy(), quads.numpy(), word, seed))
+    if rows.is_cpu and type(rows) is Tensor and not (is_compiled() or is_transformed()):
+        return torch.from_numpy(_by_numpy(rows.numpy(), quads.numpy(), word, seed))
     c0, c1, c2, c3 = _words(rows, quads, word, seed)
     c1.bitwise_left_shift_(32).bitwise_or_(c0)  # the lower half lies first: little-endian
     c3.bitwise_left_shift_(32).bitwise_or_(c2)
     return torch.stack((c1, c3), -1).view(torch.int32).view(len(rows), 4 * len(quads))
 
 
-def philox_of_few(rows: Any, quads: Any, word: int, seed: int) -> Any:
-    """:func:`philox` by NumPy, of arrays, in int32: three calls for each of the ten rounds."""
+def _by_numpy(rows: Any, quads: Any, word: int, seed: int) -> Any:
+    """:func:`philox` of arrays. NumPy sees the halves of a product as 32-bit numbers, so that one
+    thread of it is faster than two of PyTorch's; it frees Python's lock while it computes."""
+    words = np.empty((len(rows), 4 * len(quads)), np.int32)
+    step = max(1, PIECE // max(1, len(quads)))
+    pieces = [slice(i, i + step) for i in range(0, len(rows), step)]
+
+    def fill(piece: slice) -> None:
+        words[piece] = _piece(rows[piece], quads, word, seed)
+
+    threads = min(torch.get_num_threads(), len(pieces) // 2)  # to start one costs 50 us
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, pieces))
+    else:
+        for piece in pieces:
+            fill(piece)
+    return words
+
+
+def _piece(rows: Any, quads: Any, word: int, seed: int) -> Any:
+    """The words of some rows: three operations for each of the ten rounds."""
     shape = 2, len(rows), len(quads)
     count = shape[1] * shape[2]
-    even: Any = np.empty(shape, np.uint64)
+    even: Any = np.empty(shape, np.uint64)  # the words that are multiplied
     odd: Any = np.empty(shape, np.uint32)
     even[0], even[1] = (rows & MASK)[:, None], quads
     odd[0], odd[1] = (rows >> 32)[:, None], word
     even, odd = even.reshape(2, count), odd.reshape(2, count)
-    lower = even.view(np.uint32)[:, ::2]  # of little-endian numbers: no calls to cut them
-    products = np.empty((2, 2, count), np.uint64)  # the last ones' lower halves are still needed
+    lower = even.view(np.uint32)[:, ::2]  # the lower halves, of little-endian numbers
+    products = np.empty((2, 2, count), np.uint64)  # the next round needs the last one's lower half
     parts = products.view(np.uint32)[:, ::-1]
     factors = np.array(MULTIPLIERS, np.uint64)[:, None]
     keys = np.array(_keys(seed), np.uint64)[:, :, None]
@@ -66,11 +86,6 @@ def philox_of_few(rows: Any, quads: Any, word: int, seed: int) -> Any:
     words = np.empty((count, 4), np.uint32)
     words[:, ::2], words[:, 1::2] = lower.T, odd.T
     return words.view(np.int32).reshape(shape[1], 4 * shape[2])
-
-
-def _is_plain(rows: Tensor) -> bool:
-    """Whether NumPy can see it."""
-    return type(rows) is Tensor and not is_transformed()
 
 
 def unsigned(words: Tensor, dtype: torch.dtype) -> Tensor:

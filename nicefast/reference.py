@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .philox import philox, unsigned
-from .watchers import is_compiled
+from .runtime.precision import at_least_float32
+from .runtime.watchers import is_compiled
 
 PRIORS = ("logistic", "normal")
 NOISE_ELEMENTS = 1 << 18  # of a block of noise, for each thread: its integers stay in the caches
@@ -334,8 +335,3 @@ def _rows_of_noise(features: int) -> int:
     """How many rows of noise are made at a time."""
     threads = 1 if is_compiled() else torch.get_num_threads()
     return max(1, NOISE_ELEMENTS * threads // features)
-
-
-def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
-    """The widest of ``dtypes`` and float32: where a log-density is computed."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -19,14 +19,14 @@ from torch import Tensor
 from . import plots
 from ._version import __version__
 from .baselines import Gaussian
-from .checkpoint import load, save
 from .data import Dataset
-from .devices import usable_device
 from .evaluation import Density, Evaluation, density, evaluate, row_scores
-from .files import naming, sync, sync_names, written
 from .flow import NICE
+from .io.checkpoint import load, save
+from .io.files import naming, sync, sync_names, written
 from .preprocessing import Preprocessing
-from .ranks import Ranks
+from .runtime.devices import usable_device
+from .runtime.ranks import Ranks
 from .training import Configuration, Epoch, History, fit, initialise
 
 NOISE_PROTOCOL = (

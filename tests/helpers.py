@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nicefast as nf
-from nicefast import captures
 from nicefast.engine import frozen
+from nicefast.runtime import captures
 
 HALF_AND_UP = [torch.float16, torch.float32, torch.float64]
 #: bf16 is wrong in Triton's interpreter, so kernels meet it on a GPU only

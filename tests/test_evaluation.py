@@ -11,9 +11,9 @@ import nicefast as nf
 from nicefast import evaluation
 from nicefast.baselines import Gaussian
 from nicefast.evaluation import evaluate, mean_score, row_scores
-from nicefast.precision import at_precision
 from nicefast.preprocessing import Preprocessing
-from nicefast.ranks import Ranks
+from nicefast.runtime.precision import at_precision
+from nicefast.runtime.ranks import Ranks
 
 NONE = Preprocessing(())
 

@@ -1,40 +1,28 @@
-"""Noise of few rows by NumPy has the bits of the definition."""
+"""The words of a counter are the same by NumPy, by PyTorch, and in however many pieces."""
 
 import pytest
 import torch
 
-from nicefast import noise, philox, reference
+from nicefast import philox
 
 
-@pytest.mark.parametrize("prior", ["logistic", "normal"])
-@pytest.mark.parametrize("features", [1, 2, 3, 4, 7, 64, 129])
-@pytest.mark.parametrize("rows", [0, 1, 5, 200])
-def test_bits(rows, features, prior):
-    log_scale = torch.randn(features)
-    assert noise.serves(log_scale, rows)
-    for seed, row_offset in ((0, 0), (2**63 - 1, 2**32 - 3), (12345678901, 2**45), (5, 2**63 - 1)):
-        got = noise.sample_prior(log_scale, rows, seed, prior, row_offset)
-        want = reference.sample_prior(log_scale, rows, seed, prior, row_offset)
-        assert torch.equal(got.view(torch.int32), want.view(torch.int32))
-        op = torch.ops.nicefast.sample_prior(
-            log_scale, rows, row_offset, seed, prior, torch.float32
-        )
-        assert torch.equal(op, want)
-
-
-def test_who_is_served():
-    few = philox.FEW_QUADS // 2 - 1
-    assert noise.serves(torch.zeros(8), few)
-    assert not noise.serves(torch.zeros(8), few + 1)
-    assert not noise.serves(torch.zeros(9), few)
-    assert not noise.serves(torch.zeros(8).double(), 1)
-
-
-def test_words_are_the_same_by_numpy_and_pytorch(monkeypatch):
+@pytest.mark.parametrize("piece", [1, 7, 1 << 13])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_words(monkeypatch, piece, threads):
     rows = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**62 + 5])
+    monkeypatch.setattr(philox, "PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for quads, word, seed in ((1, 0, 0), (9, 1, 2**63 - 1), (3, 2**32 - 1, 2**32 + 7)):
         arguments = rows, torch.arange(quads) + 2**20, word, seed
-        few = philox.philox(*arguments)
+        by_numpy = philox.philox(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(philox, "FEW_QUADS", 0)
-            assert torch.equal(few, philox.philox(*arguments))
+            patch.setattr(philox, "is_compiled", lambda: True)
+            by_torch = philox.philox(*arguments)
+        assert torch.equal(by_numpy, by_torch)
+
+
+@pytest.mark.parametrize(("rows", "quads"), [(0, 3), (2, 0), (0, 0)])
+def test_no_words(rows, quads):
+    found = philox.philox(torch.arange(rows), torch.arange(quads), 0, 1)
+    assert found.shape == (rows, 4 * quads)
+    assert found.dtype == torch.int32

@@ -159,7 +159,7 @@ def test_the_check_on_a_gpu(tmp_path):
         assert f" tests/{name}.py " in tests
         assert f" --ignore=tests/{name}.py " in rest
     assert tests.index("tests/kernels/") < tests.index("tests/test_functional")
-    assert "tests/test_tables.py" not in tests + rest  # on no GPU, so among all the rest
+    assert "tests/scoring/test_tables.py" not in tests + rest  # on no GPU, so among all the rest
 
 
 def test_whatever_is_on_the_device_is_among_what_the_check_tests_first(request):

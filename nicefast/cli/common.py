@@ -18,9 +18,9 @@ except ImportError as missing:
     raise SystemExit(2) from None
 
 from .. import __version__
-from ..checkpoint import load
 from ..data.header import HeaderWarning
 from ..flow import NICE
+from ..io.checkpoint import load
 from ..preprocessing import Preprocessing
 
 app = typer.Typer(

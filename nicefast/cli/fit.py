@@ -12,8 +12,8 @@ from rich.table import Table
 from ..data import Dataset, inventory, load_data
 from ..data.sources import roots
 from ..evaluation import Evaluation
-from ..ranks import own_device, process_group
 from ..runs import Run, carry_out, run_folder, write_run
+from ..runtime.ranks import own_device, process_group
 from ..training import PRESETS, Configuration
 from .common import app, console, one_line_errors
 from .progress import Silent, watched

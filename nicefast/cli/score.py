@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..ranks import own_device, process_group
+from ..runtime.ranks import own_device, process_group
 from ..scoring import OUTPUTS, Scores, score
 from .common import app, console, one_line_errors
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import backend, watchers
 from .. import functional as F  # noqa: N812
 from ..partition import Partition
+from ..runtime import backend, watchers
 
 
 def is_traced(*given: Tensor) -> bool:

@@ -17,11 +17,12 @@ from normflows.flows.base import Flow
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import backend, layers
+from .. import layers
 from ..layers import is_watched
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
+from ..runtime import backend
 from .coupling import couple, is_traced, zero_log_det
 from .parts import Event, normflows_half
 

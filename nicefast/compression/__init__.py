@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checks import check_path
-from ..files import naming, written
+from ..io.files import naming, written
 from ..scoring.models import resolve
 from .codec import Codec
 from .container import ARITHMETIC, CONTENT, MODEL, Head, Reader, Writer

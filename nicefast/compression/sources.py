@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from ..data.header import number_of
 from ..data.readers import read
-from ..files import put
+from ..io.files import put
 
 Integers = npt.NDArray[np.int64]
 KINDS = ("idx", "npy", "csv", "png")

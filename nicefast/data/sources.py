@@ -14,7 +14,7 @@ from shutil import copyfileobj
 from typing import Any
 from urllib.request import urlopen
 
-from ..files import written
+from ..io.files import written
 
 FOLDERS = ("data", "/usr/share/datasets")  # looked in where nothing else is said
 

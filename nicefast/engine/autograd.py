@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import reference, watchers
-from ..threads import undisturbed
+from .. import reference
+from ..runtime import watchers
+from ..runtime.threads import undisturbed
 from .backward import Gradients, Wanted, couple_vjp, log_prob_vjp
+from .exact import ExactEngine
 from .rows import Residuals, RowEngine
 
 
-def log_prob(engine: RowEngine, x: Tensor, context: Tensor | None, log_scale: Tensor) -> Tensor:
+def log_prob(
+    engine: RowEngine | ExactEngine, x: Tensor, context: Tensor | None, log_scale: Tensor
+) -> Tensor:
     """log_prob (N,) in nats of rows x (N, D) and their context (N, K), differentiable.
 
     The engine is one that :func:`nicefast.engine.plan` chose for rows of this kind; log_scale (D,)
@@ -32,6 +36,8 @@ def log_prob(engine: RowEngine, x: Tensor, context: Tensor | None, log_scale: Te
     >>> torch.equal(found, flow.log_prob(x))
     True
     """
+    if isinstance(engine, ExactEngine):
+        return engine.log_prob(x, context)
     parameters = engine.stack.parameters
     if watchers.records(x, context, log_scale, *parameters):
         return _Run.apply(engine, "log_prob", x, context, log_scale, *parameters)
@@ -39,7 +45,9 @@ def log_prob(engine: RowEngine, x: Tensor, context: Tensor | None, log_scale: Te
         return engine.log_prob(x, context)
 
 
-def couple(engine: RowEngine, x: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+def couple(
+    engine: RowEngine | ExactEngine, x: Tensor, context: Tensor | None, inverse: bool
+) -> Tensor:
     """Rows x (N, D) through all couplings, or back through them, differentiable.
 
     >>> import torch, nicefast as nf
@@ -50,12 +58,34 @@ def couple(engine: RowEngine, x: Tensor, context: Tensor | None, inverse: bool) 
     >>> torch.allclose(couple(engine, y, None, inverse=True), x)
     True
     """
+    if isinstance(engine, ExactEngine):
+        return engine.couple(x, context, inverse)
     parameters = engine.stack.parameters
     if watchers.records(x, context, *parameters):
         operation = "inverse" if inverse else "forward"
         return _Run.apply(engine, operation, x, context, None, *parameters)
     with undisturbed(x.device):
         return engine.couple(x, context, inverse)
+
+
+def transform(
+    engine: RowEngine | ExactEngine, x: Tensor, context: Tensor | None, inverse: bool
+) -> Tensor:
+    """Rows x (N, D) through couplings and scaling, or back, where no gradient is recorded: z, or x.
+    ValueError for a log_scale that is not finite (on the CPU).
+
+    >>> import torch, nicefast as nf
+    >>> from nicefast.engine import plan, transform
+    >>> flow, x = nf.NICE(4, hidden=(8,)), torch.ones(2, 4)
+    >>> with torch.no_grad():
+    ...     z = transform(plan(flow, x).engine, x, None, inverse=False)
+    >>> torch.equal(z, flow(x)[0])
+    True
+    """
+    if isinstance(engine, ExactEngine):
+        return engine.couple(x, context, inverse)
+    with undisturbed(x.device):
+        return engine.inverse(x, context) if inverse else engine.forward(x, context)
 
 
 class _Run(Function):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import backend
-from ..precision import matmul_precision
 from ..roofline import DEVICES, ceilings, layers_work
+from ..runtime import backend
+from ..runtime.precision import matmul_precision
+from .exact import ExactEngine
 from .kernel import KernelEngine
 from .plan import KERNEL_PRECISION, Plan
 
@@ -19,7 +20,7 @@ def explanation(
     first = f"{plan.name}: {plan.reason}" + ("; frozen" if frozen else "")
     elementwise = f"element-wise operations: {backend.describe(device)}"
     engine = plan.engine
-    if engine is None:
+    if engine is None or isinstance(engine, ExactEngine):
         return f"{first}\n{elementwise}"
     stack = engine.stack
     bfloat16 = stack.dtype == torch.bfloat16

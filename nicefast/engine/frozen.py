@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import watchers
-from ..captures import Graph, can_capture
-from ..threads import undisturbed
+from ..runtime import watchers
+from ..runtime.captures import Graph, can_capture
+from ..runtime.threads import undisturbed
 from .explanation import explanation
 from .gemm import GemmEngine, gives_numbers
 from .kernel import KernelEngine
@@ -112,7 +112,7 @@ class FrozenFlow:
 
     def _choose(self, x: Tensor, context: Tensor | None) -> Plan:
         """The plan of a call: the one that was made, where its engine computes such rows."""
-        if self._plan.engine is None:
+        if not isinstance(self._plan.engine, (RowEngine, _CapturedEngine)):
             return self._plan
         reason = why_layers(x, context)
         return self._plan if reason is None else Plan("layers", reason)
@@ -176,7 +176,7 @@ def _plan(flow: Any, batch: int | None) -> Plan:
     context = like.new_empty(1, flow.context) if flow.context else None
     found = plan(flow, like, context)
     engine = found.engine
-    if engine is None:
+    if not isinstance(engine, RowEngine):
         return found
     with undisturbed(like.device):
         engine.layers = [

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import backend
+from ..runtime import backend
 from .linear import linear
 from .rows import Residuals, RowEngine
 from .stack import CouplingStack

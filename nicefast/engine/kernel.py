@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend
-from ..captures import is_capturing
+from ..runtime import backend
+from ..runtime.captures import is_capturing
 from .rows import Residuals, RowEngine
 from .stack import CouplingStack
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import is_amd
+from ..runtime.devices import is_amd
 from .thresholds import ONEDNN_FLOPS
 
 _pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build

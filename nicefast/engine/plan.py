@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .. import backend, watchers
-from ..layers import PLAIN, Scaling, is_plain_scaling, plain_layers
-from ..precision import matmul_precision
+from ..layers import PLAIN, AdditiveCoupling, Scaling, is_plain_scaling, plain_layers
+from ..runtime import backend, watchers
+from ..runtime.precision import matmul_precision
+from .exact import ExactEngine
 from .gemm import GemmEngine
 from .kernel import KernelEngine
 from .rows import RowEngine
@@ -31,13 +32,13 @@ KERNEL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 class Plan(NamedTuple):
     """The way of a call: its name and the reason, for people, and the engine that computes it.
 
-    The engine is None where modules are called in turn and for exact flows. Where its ``log_scale``
-    is None, it computes the couplings alone.
+    The engine is None where modules are called in turn. Where its ``log_scale`` is None, it
+    computes the couplings alone.
     """
 
     name: str
     reason: str
-    engine: RowEngine | None = None
+    engine: RowEngine | ExactEngine | None = None
 
 
 class Flow(Protocol):
@@ -67,7 +68,9 @@ def plan(flow: Flow, x: Tensor, context: Tensor | None = None) -> Plan:
     'float64 rows'
     """
     if flow.grid is not None:
-        return Plan("exact", _why_exact(flow, flow.grid))
+        couplings = cast("list[AdditiveCoupling]", list(flow.couplings))
+        exact = ExactEngine(couplings, flow.scaling.log_scale, flow.prior_name, flow.grid)
+        return Plan("exact", _why_exact(flow, flow.grid), exact)
     reason = why_layers(x, context)
     if reason is not None:
         return Plan("layers", reason)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_path, check_type
-from ..files import written
+from ..io.files import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

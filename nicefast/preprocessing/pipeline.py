@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tensorfile
 from ..checks import check_type
+from ..io import tensorfile
 from ..spacing import column_spacings
 from .moments import FIT_ROWS, Rows, wide
 from .transforms import Dequantise, Logit, Rescale, Standardise, Step, constant

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ..precision import at_matmul_precision
+from ..runtime.precision import at_matmul_precision
 from .moments import Rows, moments
 from .transforms import check_numbers, check_vectors, check_width, constant, like
 

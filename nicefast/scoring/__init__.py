@@ -24,11 +24,11 @@ import torch
 
 from ..checks import check_count, check_path, check_type
 from ..data.header import Header
-from ..devices import device_of, usable_device
 from ..evaluation import Density
-from ..precision import matmul_precision
 from ..preprocessing import Preprocessing
-from ..ranks import Ranks
+from ..runtime.devices import device_of, usable_device
+from ..runtime.precision import matmul_precision
+from ..runtime.ranks import Ranks
 from .engine import Engine, Sink
 from .formats import SINKS
 from .job import Job, Span, count_rows, versions

@@ -41,6 +41,8 @@ class Source(Protocol):
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterable[Any]: ...
 
+    def check_unchanged(self) -> None: ...
+
 
 class Sink(Protocol):
     """What the engine asks of a sink."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .._version import __version__
-from ..ranks import Ranks
+from ..runtime.ranks import Ranks
 from .formats import SINKS, import_pyarrow
 from .journal import FORMAT, Entry, Folder, Journal, Kept, Total, blocks, chunk_of, read
 from .sinks import FileSink, Layout

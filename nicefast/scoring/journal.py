@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ..files import sync_names
+from ..io.files import sync_names
 
 FORMAT = "nicefast.scores/2"
 WITHOUT_CHECKSUMS = "nicefast.scores/1"  # the format of nicefast 0.1.0

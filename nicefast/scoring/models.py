@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import load
-from ..devices import device_of, dtype_of, usable_device
 from ..evaluation import Density
+from ..io.checkpoint import load
 from ..preprocessing import Preprocessing
+from ..runtime.devices import device_of, dtype_of, usable_device
 
 BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}  # bytes of a batch's tensors
 MOST_ROWS = 1 << 16

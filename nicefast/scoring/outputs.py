@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import as_integer, check_count, check_type, filled
-from ..devices import dtype_of
 from ..evaluation import Density
 from ..flow import NICE
 from ..preprocessing import Preprocessing
 from ..preprocessing.moments import wide
+from ..runtime.devices import dtype_of
 from .models import event_shape
 from .sinks import Layout
 

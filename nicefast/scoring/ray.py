@@ -15,9 +15,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..checkpoint import load, save
 from ..checks import as_integer
 from ..flow import NICE
+from ..io.checkpoint import load, save
 from ..preprocessing import Preprocessing
 from .models import evaluating, resolve
 from .outputs import Scorer

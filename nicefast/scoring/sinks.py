@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..devices import processor
+from ..runtime.devices import processor
 from .journal import LISTED, Entry, Journal, blocks, write_all
 
 COMMIT_SECONDS = 0.2  # finished chunks wait that long for others, to share a wait for the disk

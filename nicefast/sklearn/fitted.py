@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from ..baselines import Gaussian
-from ..checkpoint import load, save
 from ..checks import check_choice, check_count, check_type, is_number
 from ..data import Dataset
-from ..devices import usable_device
 from ..evaluation import SCORING_ROWS
 from ..flow import NICE
-from ..precision import at_precision
+from ..io.checkpoint import load, save
 from ..preprocessing import Preprocessing
+from ..runtime.devices import usable_device
+from ..runtime.precision import at_precision
 from ..training import Epoch, History, Recipe, fit, initialise
 from .columns import Array, dequantising, standardising, with_noise
 

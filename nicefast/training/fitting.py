@@ -20,9 +20,9 @@ from ..checks import as_integer, check_number, check_path, check_type
 from ..data import Dataset
 from ..evaluation import density, mean_score
 from ..flow import NICE
-from ..precision import at_precision
 from ..preprocessing import Preprocessing
-from ..ranks import Ranks
+from ..runtime.precision import at_precision
+from ..runtime.ranks import Ranks
 from .epochs import Epoch, Progress
 from .optimisers import average, learning_rate, make_optimiser
 from .recipe import Recipe

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from ..checks import as_integer, check_choice, is_number, plain_number
 from ..evaluation import OBJECTIVES
-from ..precision import MATMUL
+from ..runtime.precision import MATMUL
 from .optimisers import SCHEDULES
 
 STARTS = ("data", "paper")

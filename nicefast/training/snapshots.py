@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tensorfile
+from ..io import tensorfile
 
 FORMAT = "nicefast.snapshot/1"
 

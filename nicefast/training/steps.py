@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .. import captures
 from ..evaluation import density
 from ..flow import NICE
-from ..ranks import Ranks
+from ..runtime import captures
+from ..runtime.ranks import Ranks
 from .optimisers import STATES
 
 WARM_UP = 3  # real steps before the capture: kernels are compiled, the optimiser's state is made

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 import nicefast as nf
 from helpers import Recorder, make
 from nicefast.engine import frozen as module
+from nicefast.runtime import backend
 from ways import results
 
 
@@ -162,7 +163,7 @@ def test_nothing_is_read_cast_or_packed_in_a_call(device, monkeypatch):
         def fail(*_):
             raise AssertionError
 
-        monkeypatch.setattr(nf.backend.kernels(), "pack", fail)
+        monkeypatch.setattr(backend.kernels(), "pack", fail)
         monkeypatch.setattr(module, "plan", fail)
         monkeypatch.setattr("nicefast.flow.plan_call", fail)
         for flow, e in zip(flows, expected, strict=True):

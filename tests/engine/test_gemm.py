@@ -9,10 +9,10 @@ from helpers import Operators, assert_three_way, make, partitions, strided
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from nicefast import backend
 from nicefast.engine.gemm import GemmEngine, gives_numbers
 from nicefast.engine.rows import RowEngine
 from nicefast.engine.stack import read
+from nicefast.runtime import backend
 
 KERNELS = ("enter", "add_", "leave")
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_path, check_type
+from ..fingerprint import KEY
+from ..flow import NICE
+from ..layers import AdditiveCoupling
+from ..partition import Partition
 from . import tensorfile
-from .checks import check_path, check_type
-from .fingerprint import KEY
-from .flow import NICE
-from .layers import AdditiveCoupling
-from .partition import Partition
 
 FORMAT = "nicefast.NICE/1"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from nicefast.precision import at_matmul_precision, at_precision, matmul_precision
+from nicefast.runtime.precision import at_matmul_precision, at_precision, matmul_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -1,8 +1,8 @@
 """Arithmetic whose bits depend on nothing but its operands: what an exact inverse is built of.
 
-On a grid (:mod:`nicefast.grid`), x2 + m(x1) - m(x1) is x2, provided that m(x1) is the same both
-times, whatever the size of the batch, the number of threads, or the order in which a product sums.
-Here it is, since products are sums of integers: operands are rounded to so many bits that no
+On a grid (:mod:`nicefast.exact.grid`), x2 + m(x1) - m(x1) is x2, provided that m(x1) is the same
+both times, whatever the size of the batch, the number of threads, or the order in which a product
+sums. Here it is, since products are sums of integers: operands are rounded to so many bits that no
 partial sum leaves the 53 bits of float64, and then every order gives the same sum, on every
 machine. Activations are made of additions, multiplications and divisions, which IEEE 754 defines to
 the last bit.
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
+from ..runtime.threads import settle_allocator
 from .grid import uncompiled
-from .threads import settle_allocator
 
 BLOCK_ELEMENTS = 1 << 19  # of one activation, in float64
 GPU_ELEMENTS = 1 << 26

@@ -1,11 +1,11 @@
-"""nicefast.files: the whole of it under its name, or what was there before."""
+"""nicefast.io.files: the whole of it under its name, or what was there before."""
 
 import subprocess
 import sys
 
 import pytest
 
-from nicefast.files import written
+from nicefast.io.files import written
 
 
 @pytest.mark.parametrize("name", ["flow.pt2", "set.tar.gz", "plain", ".hidden"])
@@ -52,7 +52,7 @@ import numpy as np, torch, nicefast as nf
 from pathlib import Path
 from nicefast import plots, runs
 from nicefast.compression.sources import Sink
-from nicefast.files import naming, written
+from nicefast.io.files import naming, written
 
 def text(path):
     runs._write_text(path, "x" * 100_000)

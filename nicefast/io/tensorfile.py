@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._version import __version__
+from .._version import __version__
 from .files import written
 
 WITHOUT_DIGEST = "0.1.0"  # the version whose files have none

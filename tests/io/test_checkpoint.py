@@ -6,7 +6,7 @@ import torch
 import torch.nn.utils.prune
 
 import nicefast as nf
-from nicefast import tensorfile
+from nicefast.io import tensorfile
 
 safetensors = pytest.importorskip("safetensors", reason="needs safetensors")
 from safetensors import safe_open  # noqa: E402

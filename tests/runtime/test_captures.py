@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from nicefast import captures
+from nicefast.runtime import captures
 
 
 @pytest.fixture

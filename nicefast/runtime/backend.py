@@ -149,7 +149,7 @@ def _why_no_kernels_anywhere() -> str | None:
 @functools.cache
 def kernels() -> ModuleType:
     """:mod:`nicefast.kernels`, imported when first needed: it needs Triton."""
-    return importlib.import_module(f"{__package__}.kernels")
+    return importlib.import_module("nicefast.kernels")
 
 
 @functools.cache

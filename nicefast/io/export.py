@@ -14,11 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import reference
-from .checks import check_choice, check_path
+from .. import reference
+from ..checks import check_choice, check_path
+from ..flow import NICE
+from ..layers import AdditiveCoupling, is_plain_scaling, is_watched
 from .files import written
-from .flow import NICE
-from .layers import AdditiveCoupling, is_plain_scaling, is_watched
 
 METHODS = ("log_prob", "sample")
 

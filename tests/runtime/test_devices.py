@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import torch
 
-from nicefast import devices
+from nicefast.runtime import devices
 
 
 def test_amd_s_processors_are_known():

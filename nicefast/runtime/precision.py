@@ -18,11 +18,16 @@ LEVELS = {"tf32": "high", "bf16": "medium"}  # of a backend's own setting; other
 MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}  # bf16 is autocast's
 
 
+def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
+    """The widest of ``dtypes`` and float32: where a log-density is computed."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def matmul_precision(device: torch.device) -> str:
     """``"highest"``, ``"high"`` or ``"medium"``, as ``torch.get_float32_matmul_precision`` says it.
 
     >>> import torch
-    >>> from nicefast.precision import matmul_precision
+    >>> from nicefast.runtime.precision import matmul_precision
     >>> matmul_precision(torch.device("cpu"))
     'highest'
     """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_training import flat, tiny_model
 
-from nicefast.ranks import Ranks
+from nicefast.runtime.ranks import Ranks
 from nicefast.training import steps
 from nicefast.training.optimisers import make_optimiser
 from nicefast.training.steps import Step

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nicefast as nf
-from nicefast import exact, reversible
 from nicefast.evaluation import CellDensity, evaluate
-from nicefast.grid import round_to_grid
+from nicefast.exact import arithmetic as exact
+from nicefast.exact.grid import round_to_grid
 from nicefast.preprocessing import Preprocessing
 from nicefast.reference import ACTIVATIONS
 
@@ -612,7 +612,7 @@ def test_the_density_of_cells():
 def test_what_is_rebuilt_is_said():
     model = make(4)
     x = torch.randn(3, 4)
-    node = reversible.couple(list(model.couplings), rounded(x), None, False).grad_fn
+    node = model.plan(x).engine.couple(rounded(x)).grad_fn
     assert type(node).__name__ == "_RebuiltBackward"
     log_prob = model.log_prob(x.requires_grad_()).sum()
     (g,) = torch.autograd.grad(log_prob, x, create_graph=True)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from nicefast import ranks
-from nicefast.ranks import Ranks
+from nicefast.runtime import ranks
+from nicefast.runtime.ranks import Ranks
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

@@ -536,7 +536,7 @@ def test_a_preprocessing_of_other_values_is_not_resumed(tmp_path, how):
 
 def process(snapshot, out, resume, pause):
     code = PROCESS.format(
-        tests=str(Path(__file__).parent),
+        tests=str(Path(__file__).parents[1]),
         snapshot=str(snapshot),
         out=str(out),
         resume=resume,
@@ -583,7 +583,7 @@ def test_two_processes_come_to_what_one_does(tmp_path):
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
-        code.write_text(RANKS.format(tests=str(Path(__file__).parent), out=str(out)))
+        code.write_text(RANKS.format(tests=str(Path(__file__).parents[1]), out=str(out)))
         command = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
         run = subprocess.run(
             [sys.executable, *command, str(code)], capture_output=True, text=True, check=False

@@ -16,36 +16,60 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import functional as F  # noqa: N812
-from . import watchers
-from .grid import check_range
-from .layers import MLP, AdditiveCoupling, is_watched, plain_layers
+from .. import functional as F  # noqa: N812
+from ..exact.grid import check_range, round_to_grid
+from ..layers import MLP, AdditiveCoupling, is_watched, plain_layers
+from ..runtime import watchers
 
 
-def couple(
-    couplings: Sequence[AdditiveCoupling], x: Tensor, context: Tensor | None, inverse: bool
-) -> Tensor:
-    """``x`` (N, D), on the grid that all couplings have, through them, or back; a new tensor.
+class ExactEngine:
+    """The couplings of a flow with a grid, and its prior, which has the scale ``exp(-log_scale)``.
 
-    Context (N, K) where the conditioners take one. ValueError where a value leaves the range in
-    which the grid is exact: names the coupling and the row.
+    Rows x and z are (N, D), at least float32, of any dtype and device; the context is (N, K).
+    Methods record gradients, by themselves, and raise ValueError where a value leaves the range in
+    which the grid is exact: the message names the coupling and the row.
 
     >>> import torch, nicefast as nf
     >>> flow, x = nf.NICE(4, hidden=(8,), grid=0.25), torch.ones(2, 4)
-    >>> y = couple(list(flow.couplings), x, None, inverse=False)
-    >>> torch.equal(couple(list(flow.couplings), y, None, inverse=True), x)
+    >>> engine = ExactEngine(list(flow.couplings), flow.scaling.log_scale, "logistic", 0.25)
+    >>> torch.equal(engine.couple(engine.couple(x), inverse=True), x)
     True
     """
-    if not all(_is_plain(coupling) for coupling in couplings):
-        for coupling in reversed(couplings) if inverse else couplings:
-            x, _ = (coupling.inverse if inverse else coupling)(x, context)
-        return x
-    parameters = list(
-        dict.fromkeys(p for coupling in couplings for p in coupling.conditioner.parameters())
-    )
-    if watchers.records(x, context, *parameters):
-        return _Rebuilt.apply(couplings, inverse, x, context, *parameters)
-    return _walk(couplings, x, context, inverse)
+
+    name = "exact"
+
+    def __init__(
+        self,
+        couplings: Sequence[AdditiveCoupling],
+        log_scale: Tensor,
+        prior: str,
+        grid: float,
+    ) -> None:
+        self.couplings, self.log_scale, self.prior, self.grid = couplings, log_scale, prior, grid
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log_prob (N,) of the rounded rows, in nats."""
+        return F.scale_log_prob(self.couple(x, context), self.log_scale, self.prior)
+
+    def couple(self, x: Tensor, context: Tensor | None = None, inverse: bool = False) -> Tensor:
+        """The rounded rows through the couplings, or back through them: a new tensor (N, D).
+        Nothing scales it."""
+        given, x = x, round_to_grid(x, self.grid)
+        check_range("z" if inverse else "x", x, given, self.grid)
+        for i, coupling in enumerate(self.couplings):
+            own = getattr(coupling, "grid", None)
+            if own != self.grid:  # one that was put in later: its shifts would not be exact
+                raise ValueError(f"coupling {i} must have the grid {self.grid:g}, got {own}")
+        if not all(_is_plain(coupling) for coupling in self.couplings):
+            for coupling in reversed(self.couplings) if inverse else self.couplings:
+                x, _ = (coupling.inverse if inverse else coupling)(x, context)
+            return x
+        parameters = list(
+            dict.fromkeys(p for coupling in self.couplings for p in coupling.parameters())
+        )
+        if watchers.records(x, context, *parameters):
+            return _Rebuilt.apply(self.couplings, inverse, x, context, *parameters)
+        return _walk(self.couplings, x, context, inverse)
 
 
 def _is_plain(coupling: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nicefast as nf
-from nicefast import backend as module
+from nicefast.runtime import backend as module
 
 
 def test_context_manager_restores():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .reference import at_least_float32
+from .precision import at_least_float32
 
 
 def device_of(model: object) -> torch.device:
