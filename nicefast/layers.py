@@ -308,7 +308,6 @@ class Scaling(nn.Module):
 
 
 PLAIN = (Tensor, nn.Parameter)  # types of tensors of which everything is known
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] | str:
@@ -332,7 +331,13 @@ def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] |
 def is_watched(module: nn.Module) -> bool:
     """Whether calling it does anything but its class's forward."""
     own = module.__dict__
-    return any(own[hooks] for hooks in HOOKS) or "forward" in own  # as a compiler can read it
+    return bool(  # in one expression: every module of a flow is asked at each call
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def is_plain_scaling(scaling: nn.Module) -> bool:

@@ -106,19 +106,10 @@ def check_levels(levels: Tensor, k: int | None) -> None:
 # x with shift (and bias) added to its shifted features -----------------------------------------
 
 
-def _additive_coupling(
-    x: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    slot: Tensor | None,
-    index: Tensor | None,
-    start: int,
-    step: int,
-    inverse: bool,
-) -> Tensor:
+def _additive_coupling(x: Tensor, *coupling: Any) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
-    columns = columns_of(index, start, step, shift.shape[1])
-    return reference.additive_coupling_(y, shift, columns, inverse, bias)
+    _additive_coupling_(y, *coupling)
+    return y
 
 
 def _additive_coupling_(
