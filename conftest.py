@@ -42,13 +42,18 @@ if not HAS_GPU and importlib.util.find_spec("triton"):
     InterpreterBuilder.create_dot = _row_wise_dot
 
 
-def pytest_collection_modifyitems(items):
-    if HAS_GPU:
-        return
-    skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false here")
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="everything that takes long, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    missing = {} if HAS_GPU else {"gpu": "a GPU: torch.cuda.is_available() is false here"}
+    if not config.getoption("--all"):
+        missing["long"] = "--all, which make check-all gives"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for mark, what in missing.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}"))
 
 
 @pytest.fixture(autouse=True)

@@ -196,6 +196,7 @@ def main() -> int:
             f"--{name}", nargs="+", action="extend", choices=known, help="default: all"
         )
     parser.add_argument("--full", action="store_true", help="the full product: hours")
+    parser.add_argument("--every", type=int, default=1, help="one case in so many (default 1)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--json", type=Path, help="also write names and resources to this file")
     options = parser.parse_args()
@@ -206,7 +207,7 @@ def main() -> int:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
         todo = all_cases(
             options.full, options.arch or list(TARGETS), options.kernel or list(KERNELS)
-        )
+        )[:: options.every]
         print("regs spill shared  loads 128/all  stores 128/all  case")
         for case, r in compile_all(todo, options.jobs):
             print(

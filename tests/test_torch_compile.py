@@ -35,7 +35,9 @@ def make(partition, **options):
 
 
 @pytest.mark.parametrize("compiler", BACKENDS)
-@pytest.mark.parametrize("partition", ["half", "alternating", "random"])
+@pytest.mark.parametrize(
+    "partition", ["half", pytest.param("alternating", marks=pytest.mark.long), "random"]
+)
 def test_log_prob(partition, compiler):
     model = make(partition)
     x = torch.randn(11, 6, requires_grad=True)
@@ -65,7 +67,7 @@ def test_context_forward_and_inverse(compiler):
 
 
 @pytest.mark.parametrize("compiler", BACKENDS)
-@pytest.mark.parametrize("partition", ["half", "random"])
+@pytest.mark.parametrize("partition", [pytest.param("half", marks=pytest.mark.long), "random"])
 def test_a_whole_training_step_in_one_graph(partition, compiler):
     """Loss, backward and update in a single graph; three steps, against eager ones."""
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):

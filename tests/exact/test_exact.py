@@ -68,7 +68,7 @@ class policy:
 
 
 @pytest.mark.parametrize("weights", ["initial", "random", "doubled"])
-@pytest.mark.parametrize("couplings", [4, 1000])
+@pytest.mark.parametrize("couplings", [4, 100, pytest.param(1000, marks=pytest.mark.long)])
 def test_the_inverse_is_the_inverse(couplings, weights):
     model = make(6, weights, couplings=couplings)
     x = torch.randn(33, 6)

@@ -116,10 +116,12 @@ def run_elsewhere(folder, cases, kind="program"):
     assert {p.name for p in folder.iterdir()} == {"calls", "results", *(path for path, _ in calls)}
 
 
-def test_programs_run_without_nicefast(tmp_path):
-    run_elsewhere(tmp_path, CASES)
+@pytest.mark.parametrize("cases", [CASES[:2], pytest.param(CASES[2:], marks=pytest.mark.long)])
+def test_programs_run_without_nicefast(tmp_path, cases):
+    run_elsewhere(tmp_path, cases)
 
 
+@pytest.mark.long
 def test_a_package_runs_without_nicefast(tmp_path):
     if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++")):
         pytest.skip("needs a C++ compiler")
@@ -134,7 +136,7 @@ def test_a_package_runs_without_nicefast(tmp_path):
             "log_prob",
             id="log_prob, context",
         ),
-        pytest.param({"partition": "random"}, "sample", id="sample"),
+        pytest.param({"partition": "random"}, "sample", id="sample", marks=pytest.mark.long),
     ],
 )
 def test_onnxruntime_agrees(tmp_path, options, method):

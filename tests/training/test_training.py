@@ -567,7 +567,7 @@ RANKS = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from test_training import *
-from nicefast.ranks import process_group
+from nicefast.runtime.ranks import process_group
 torch.set_num_threads(1)
 model = tiny_model(hidden=(16,))
 seen = []
