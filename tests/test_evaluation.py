@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import tiny_data, tiny_model, unit
+from tiny import tiny_data, tiny_model, unit
 
 import nicefast as nf
 from nicefast import evaluation

@@ -12,7 +12,7 @@ from bench.__main__ import main
 
 def test_calls_functions_files_and_moves():
     found = trace.trace(lambda: (nf.Partition.half(4), nf.get_backend(), nf.Partition.half(4)))
-    assert found.files == ["partition.py", "backend.py"]
+    assert found.files == ["partition.py", "runtime/backend.py"]
     assert found.moves == 2
     assert found.calls > len(found.functions)  # half() twice
     assert "partition.py: Partition.half" in found.functions

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from test_training import flat, tiny_model
+from tiny import flat, tiny_model
 
 from nicefast.runtime.ranks import Ranks
 from nicefast.training import steps

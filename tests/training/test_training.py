@@ -11,41 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import RECIPE, fit_tiny, flat, tiny_data, tiny_model, unit
 
 import nicefast as nf
-from nicefast.data import Dataset
 from nicefast.evaluation import evaluate
 from nicefast.fingerprint import fingerprint
 from nicefast.preprocessing import Preprocessing
 from nicefast.training import Recipe, fit, init_scaling, initialise
-
-RECIPE = Recipe(lr=1e-2, batch_size=32, epochs=12)
-
-
-def tiny_data(levels: int | None = 4) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(150, 4, generator=generator)
-    z[:, 1] += z[:, 0].square()
-    rows = z if levels is None else (z + 1.5).clamp(0, levels - 1).to(torch.uint8)
-    return Dataset("tiny", levels, rows[:100], rows[100:120], rows[120:])
-
-
-def tiny_model(seed: int = 0, **options) -> nf.NICE:
-    torch.manual_seed(seed)
-    return nf.NICE(4, **{"hidden": (8,), "couplings": 2} | options)
-
-
-def unit(rows, levels) -> Preprocessing:
-    return Preprocessing.fit(["dequantise"] if levels else [], rows, levels)
-
-
-def flat(model: nf.NICE) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def fit_tiny(model, data=None, recipe=RECIPE, **options):
-    data = tiny_data() if data is None else data
-    return fit(model, data, unit(data.train, data.levels), recipe, **options)
 
 
 @pytest.mark.parametrize("prior", ["logistic", "normal"])
@@ -388,7 +360,9 @@ def test_a_snapshot_of_another_fit_or_a_damaged_one_is_refused(tmp_path):
 PROCESS = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_training import *
+from dataclasses import replace
+import torch
+from tiny import *
 torch.set_num_threads(1)
 model = tiny_model(dropout=0.2, hidden=(64, 64))
 recipe = replace(RECIPE, epochs=40)
@@ -566,7 +540,9 @@ def test_a_fit_that_is_killed_and_resumed_ends_with_the_same_weights(tmp_path):
 RANKS = """
 import os, sys
 sys.path.insert(0, {tests!r})
-from test_training import *
+from dataclasses import replace
+import torch
+from tiny import *
 from nicefast.runtime.ranks import process_group
 torch.set_num_threads(1)
 model = tiny_model(hidden=(16,))
