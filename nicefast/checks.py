@@ -49,6 +49,12 @@ def check_context(context: Tensor | None, features: int, device: torch.device) -
     if not isinstance(context, Tensor) or not context.dtype.is_floating_point:
         kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
         raise TypeError(f"context must be a floating-point tensor, got {kind}")
+    if context.dtype.itemsize < 2:
+        raise TypeError(
+            f"context must be float16, bfloat16, float32 or float64, got {context.dtype}"
+        )
+    if context.layout is not torch.strided:
+        raise TypeError(f"context must be dense, got layout {context.layout}")
     if context.ndim < 1 or context.shape[-1] != features or not features:
         raise ValueError(
             f"context must have {features} features in its last dimension, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from .engine import plan as plan_call
 from .engine import transform as run_whole
 from .engine.exact import ExactEngine
 from .engine.explanation import explanation
-from .engine.frozen import FrozenFlow
+from .engine.frozen import FrozenFlow, detached_copy
 from .engine.kernel import KernelEngine
 from .engine.rows import RowEngine
 from .exact.grid import check_grid, round_to_grid
@@ -159,7 +158,7 @@ class NICE(Fingerprinted):
         >>> torch.equal(flow.inverse(z)[0], (x * 2**16).round() / 2**16)
         True
         """
-        flow = copy.deepcopy(self)
+        flow = detached_copy(self)
         flow._set_grid(grid)
         return flow
 
@@ -282,7 +281,11 @@ class NICE(Fingerprinted):
         return self._log_det(x)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        log_scale = self.scaling.log_scale.to(at_least_float32(x.dtype, self.dtype))
+        dtype = at_least_float32(x.dtype, self.dtype)
+        if self.grid is None and not is_plain_scaling(self.scaling):  # whatever it does
+            origin = torch.zeros(1, self.features, dtype=dtype, device=x.device)
+            return self.scaling(origin)[1][0].expand(self._batch_shape(x))
+        log_scale = self.scaling.log_scale.to(dtype)
         log_det = log_scale.sum() if self.grid is None else log_scale.new_zeros(())
         return log_det.expand(self._batch_shape(x))
 
@@ -329,8 +332,8 @@ class NICE(Fingerprinted):
     def _draw(self, n: int, row_offset: int, seed: int | Tensor, context: Tensor | None) -> Tensor:
         """Rows ``row_offset`` to ``row_offset + n`` of a sample."""
         log_scale = self.scaling.log_scale
-        rows = torch.empty(n, self.features, dtype=self.dtype, device=log_scale.device)
-        plan = self.plan(rows, context)
+        like = torch.empty(1, self.features, dtype=self.dtype, device=log_scale.device)
+        plan = self.plan(like.expand(n, -1), context)
         if plan.name == "kernel":
             return cast("KernelEngine", plan.engine).sample(
                 n, row_offset, cast("int", seed), context
@@ -340,7 +343,10 @@ class NICE(Fingerprinted):
         if plan.name != "layers" or watchers.is_transformed():
             return self._couple(plan, h, context, inverse=True)
         for coupling in reversed(self._couplings()):
-            coupling.inverse_(h, context)
+            if type(coupling) is AdditiveCoupling and "inverse" not in vars(coupling):
+                coupling.inverse_(h, context)
+            else:
+                h, _ = coupling.inverse(h, context)
         return h
 
     def sample_and_log_prob(

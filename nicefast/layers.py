@@ -312,6 +312,8 @@ PLAIN = (Tensor, nn.Parameter)  # types of tensors of which everything is known
 
 def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] | str:
     """(weight, bias) of each linear layer, or why the module can't be computed from them alone."""
+    if nn.modules.module._has_any_global_hook():
+        return "global module hooks"
     if type(conditioner) is not MLP:
         return f"a {type(conditioner).__name__}, whose inside is not known"
     linears = list(cast("nn.ModuleList", conditioner._modules["linears"])._modules.values())
@@ -337,6 +339,7 @@ def is_watched(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
+        or "inverse" in own
     )
 
 

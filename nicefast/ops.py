@@ -77,7 +77,7 @@ def _one_by_one(name: str) -> Callable[..., Any]:
 
 def check_log_scale(log_scale: Tensor) -> None:
     """ValueError for a non-finite entry, where looking costs nothing and values are at hand."""
-    if log_scale.device.type != "cpu" or not has_values(log_scale):
+    if not log_scale.is_cpu or not has_values(log_scale):
         return
     if math.isfinite(log_scale.sum().item()):  # one that is not would show: this is quick
         return

@@ -118,7 +118,7 @@ class _Run(Function):
         if torch.is_grad_enabled() or watchers.is_batched(grad) or watchers.has_tangents():
             inputs = (x, context, log_scale, *parameters)
             return None, None, *_plain_gradients(ctx.engine, ctx.operation, inputs, needs, grad)
-        wanted = Wanted(needs[0], needs[1], needs[3:])
+        wanted = Wanted(needs[0], needs[1], needs[2], needs[3:])
         arguments = ctx.engine, grad, x, context
         with undisturbed(x.device):
             found: Gradients
@@ -132,8 +132,7 @@ class _Run(Function):
         of_context = found.context
         if of_context is not None:
             of_context = of_context.to(context.dtype)
-        of_scale = found.log_scale if needs[2] else None
-        return None, None, found.x, of_context, of_scale, *found.parameters
+        return None, None, found.x, of_context, found.log_scale, *found.parameters
 
 
 def _plain_gradients(

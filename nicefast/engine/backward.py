@@ -27,6 +27,7 @@ class Wanted(NamedTuple):
 
     x: bool
     context: bool
+    log_scale: bool
     parameters: Sequence[bool]
 
 
@@ -55,9 +56,10 @@ def log_prob_vjp(
     for rows, kept in found.each(with_z=True):
         z, g = kept.z[0], grad[rows, None]
         of_z = score(z, engine.prior).mul_(g)
-        of_scale += (of_z * z).sum(0).add_(g.sum())
+        if wanted.log_scale:
+            of_scale += (of_z * z).sum(0).add_(g.sum())
         found.back(rows, kept, list(of_z.mul_(scale).split(sizes, 1)))
-    return found.gradients(stack.by_feature(of_scale))
+    return found.gradients(stack.by_feature(of_scale) if wanted.log_scale else None)
 
 
 def couple_vjp(
@@ -154,7 +156,7 @@ class _Blocks:
             sums[k].add(d, operands[k], -1 if self.inverse else 1)
             if k == last and not wants_input:
                 return None
-            d = product(d, layers[k][0])
+            d = product(d, layers[k][0].t())
             if k > 0:
                 engine.activation.backward_(d, inputs[k - 1] if inputs else operands[k])
         return d.to(grad.dtype) if wants_input else None
@@ -177,9 +179,9 @@ class _Sum:
             else:
                 self.weight.add_(found, alpha=sign)
         if self.wants_bias:
-            found = d.sum(0)
+            found = d.sum(0, dtype=torch.float32)
             if self.bias is None:
-                self.bias = found.float() if sign > 0 else found.float().neg_()
+                self.bias = found if sign > 0 else found.neg_()
             else:
                 self.bias = self.bias.double().add_(found, alpha=sign)
 

@@ -9,7 +9,7 @@ grow with depth.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,20 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .. import functional as F  # noqa: N812
+from ..exact.arithmetic import mlp
 from ..exact.grid import check_range, round_to_grid
 from ..layers import MLP, AdditiveCoupling, is_watched, plain_layers
+from ..partition import Partition
 from ..runtime import watchers
+from .stack import Layers
 
 
 class ExactEngine:
     """The couplings of a flow with a grid, and its prior, which has the scale ``exp(-log_scale)``.
 
-    Rows x and z are (N, D), at least float32, of any dtype and device; the context is (N, K).
-    Methods record gradients, by themselves, and raise ValueError where a value leaves the range in
-    which the grid is exact: the message names the coupling and the row.
+    Rows x and z are (N, D), float32 or float64, on any device; the context is (N, K). Autograd
+    differentiates the methods, once. ValueError where a value leaves the range in which the grid is
+    exact: the message names the coupling and the row.
 
     >>> import torch, nicefast as nf
     >>> flow, x = nf.NICE(4, hidden=(8,), grid=0.25), torch.ones(2, 4)
@@ -60,56 +63,75 @@ class ExactEngine:
             own = getattr(coupling, "grid", None)
             if own != self.grid:  # one that was put in later: its shifts would not be exact
                 raise ValueError(f"coupling {i} must have the grid {self.grid:g}, got {own}")
-        if not all(_is_plain(coupling) for coupling in self.couplings):
-            for coupling in reversed(self.couplings) if inverse else self.couplings:
-                x, _ = (coupling.inverse if inverse else coupling)(x, context)
+        plain = [_plain(coupling, context) for coupling in self.couplings]
+        if any(coupling is None for coupling in plain):
+            for module in reversed(self.couplings) if inverse else self.couplings:
+                x, _ = (module.inverse if inverse else module)(x, context)
             return x
-        parameters = list(
-            dict.fromkeys(p for coupling in self.couplings for p in coupling.parameters())
-        )
+        couplings = cast("list[_Coupling]", plain)
+        parameters = list({t: None for c in couplings for pair in c.layers for t in pair})
         if watchers.records(x, context, *parameters):
-            return _Rebuilt.apply(self.couplings, inverse, x, context, *parameters)
-        return _walk(self.couplings, x, context, inverse)
+            return _Rebuilt.apply(couplings, inverse, x, context, *parameters)
+        return _walk(couplings, x, context, inverse)
 
 
-def _is_plain(coupling: nn.Module) -> bool:
-    """Whether a coupling is what its tensors say, each time that it is computed."""
+class _Coupling(NamedTuple):
+    """What a coupling with a plain MLP as its conditioner computes with."""
+
+    label: str
+    partition: Partition
+    grid: float
+    activation: str
+    layers: Layers
+
+    def shift(self, x1: Tensor, context: Tensor | None) -> Tensor:
+        shift = mlp(self.layers, self.activation, x1, context)
+        return round_to_grid(shift.to(x1.dtype), self.grid)
+
+
+def _plain(coupling: nn.Module, context: Tensor | None) -> _Coupling | None:
+    """The coupling by its tensors; None where a call does anything that these do not say."""
     if type(coupling) is not AdditiveCoupling or is_watched(coupling):
-        return False
-    mlp = coupling.conditioner
-    return not isinstance(plain_layers(mlp), str) and not cast("MLP", mlp).drops
+        return None
+    layers, conditioner = plain_layers(coupling.conditioner), cast("MLP", coupling.conditioner)
+    if isinstance(layers, str) or conditioner.drops:
+        return None
+    conditioner.check_context(context)
+    grid = cast("float", coupling.grid)
+    return _Coupling(coupling.label, coupling.partition, grid, conditioner.activation, layers)
 
 
 def _walk(
-    couplings: Sequence[AdditiveCoupling], x: Tensor, context: Tensor | None, inverse: bool
+    couplings: Sequence[_Coupling], x: Tensor, context: Tensor | None, inverse: bool
 ) -> Tensor:
     with torch.no_grad():
         y = x.clone(memory_format=torch.contiguous_format)
         for coupling in reversed(couplings) if inverse else couplings:
             x1 = F.split_features(y, coupling.partition)[1]
-            shift = coupling.shift(x1, context)
-            F.additive_coupling_(y, shift, coupling.partition, inverse)
-            check_range(coupling.label, y, x, cast("float", coupling.grid))
+            F.additive_coupling_(y, coupling.shift(x1, context), coupling.partition, inverse)
+            check_range(coupling.label, y, x, coupling.grid)
     return y
 
 
 class _Rebuilt(Function):
-    """All couplings; keeps the result alone."""
+    """All couplings; saves the result and the parameters."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        couplings: Sequence[AdditiveCoupling],
+        couplings: Sequence[_Coupling],
         inverse: bool,
         x: Tensor,
         context: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
         y = _walk(couplings, x, context, inverse)
-        ctx.couplings, ctx.inverse = couplings, inverse
+        place = {t: k for k, t in enumerate(parameters)}
+        ctx.places = [[(place[w], place[b]) for w, b in c.layers] for c in couplings]
+        ctx.couplings, ctx.inverse = [c._replace(layers=()) for c in couplings], inverse
         kind = x.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        # parameters too: PyTorch then refuses a gradient after they were written over
+        # PyTorch refuses a gradient where any of these was written over in the meantime
         ctx.save_for_backward(y, context, *parameters)
         return y
 
@@ -117,38 +139,38 @@ class _Rebuilt(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         y, context, *parameters = ctx.saved_tensors
-        # the result may be in use, and the gradient another's
+        # the caller may use the result, and the gradient belongs to autograd
         y, grad = y.clone(), grad.clone(memory_format=torch.contiguous_format)
         wants_context = context is not None and ctx.needs_input_grad[3]
         c = None if context is None else context.detach().requires_grad_(wants_context)
-        wanted = {
-            p: None for p, wants in zip(parameters, ctx.needs_input_grad[4:], strict=True) if wants
-        }
-        totals: dict[Tensor, Tensor] = {}
+        wanted = ctx.needs_input_grad[4:]
+        totals: list[Tensor | None] = [None] * len(parameters)
+        of_context: Tensor | None = None
         kind, dtype, enabled = ctx.autocast
-        for coupling in ctx.couplings if ctx.inverse else reversed(ctx.couplings):
-            conditioning, shifted = _sides(coupling, y.device)
+        steps = list(zip(ctx.couplings, ctx.places, strict=True))
+        for bare, places in steps if ctx.inverse else reversed(steps):
+            coupling = bare._replace(layers=[(parameters[w], parameters[b]) for w, b in places])
+            conditioning, shifted = _sides(coupling.partition, y.device)
             with torch.enable_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
                 x1 = y[:, conditioning].detach().requires_grad_()
                 shift = coupling.shift(x1, c)
             grad_shift = grad[:, shifted]
             grad_shift = -grad_shift if ctx.inverse else grad_shift
-            own = [p for p in coupling.conditioner.parameters() if p in wanted]
-            sources = [x1, *own, *([c] if wants_context else [])]
-            found = torch.autograd.grad(shift, sources, grad_shift)
-            grad[:, conditioning] += found[0]
-            for source, g in zip(sources[1:], found[1:], strict=True):
-                totals[source] = totals[source] + g if source in totals else g
+            own = list(dict.fromkeys(k for pair in places for k in pair if wanted[k]))
+            sources = [x1, *(parameters[k] for k in own), *([c] if wants_context else [])]
+            of_x1, *found = torch.autograd.grad(shift, sources, grad_shift)
+            grad[:, conditioning] += of_x1
+            if wants_context:
+                last = found.pop()
+                of_context = last if of_context is None else of_context + last
+            for k, g in zip(own, found, strict=True):
+                before = totals[k]
+                totals[k] = g if before is None else before + g
             F.additive_coupling_(y, shift.detach(), coupling.partition, not ctx.inverse)
-        of_parameters = [totals.get(p) for p in parameters]
-        of_context = totals.get(c) if wants_context and c is not None else None
-        return None, None, grad, of_context, *of_parameters
+        return None, None, grad, of_context, *totals
 
 
-def _sides(
-    coupling: AdditiveCoupling, device: torch.device
-) -> tuple[slice | Tensor, slice | Tensor]:
-    """Columns that condition, and those that are shifted."""
-    sides = (coupling.partition.locate(device, conditioning) for conditioning in (True, False))
-    first, second = (f.columns for f in sides)
-    return first, second
+def _sides(partition: Partition, device: torch.device) -> tuple[slice | Tensor, slice | Tensor]:
+    """The columns that condition, and those that are shifted."""
+    first, second = (partition.locate(device, conditioning) for conditioning in (True, False))
+    return first.columns, second.columns

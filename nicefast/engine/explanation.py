@@ -8,7 +8,6 @@ from ..roofline import DEVICES, ceilings, layers_work
 from ..runtime import backend
 from ..runtime.precision import matmul_precision
 from .exact import ExactEngine
-from .kernel import KernelEngine
 from .plan import KERNEL_PRECISION, Plan
 
 
@@ -30,8 +29,9 @@ def explanation(
     precision = matmul_precision(device)
     measured = ceilings(device, bfloat16, precision)
     kind = "bf16" if bfloat16 else KERNEL_PRECISION[precision]
-    if isinstance(engine, KernelEngine):
-        kind = engine.tile.products
+    tile = getattr(engine, "tile", None)  # of the kernel engine, captured or not
+    if tile is not None:
+        kind = "fp32" if tile.products == "ieee" else tile.products
     if kind == "tf32x3":
         # three products of TF32, each at half the rate of bfloat16
         sixth = ceilings(device, True, precision).flops / 6

@@ -7,6 +7,7 @@ call; on a GPU its calls can be captured as CUDA graphs and replayed.
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..runtime import watchers
 from ..runtime.captures import Graph, can_capture
 from ..runtime.threads import undisturbed
@@ -46,14 +48,14 @@ class FrozenFlow:
     """
 
     def __init__(self, flow: Any, batch: int | None = None) -> None:
-        own = _copy(flow).eval().requires_grad_(False)
+        own = detached_copy(flow).eval().requires_grad_(False)
         self.batch = batch
         self.event_shape: torch.Size = own.event_shape
         self.features: int = own.features
         self.context: int = own.context
         self.dtype: torch.dtype = own.dtype
         self._flow, self._plan = own, _plan(own, batch)
-        own.plan = self._choose  # what all of the copy's methods ask
+        own.plan = functools.partial(_choose, self._plan)  # what all of the copy's methods ask
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """As :meth:`nicefast.NICE.log_prob`: (...), in nats."""
@@ -85,6 +87,7 @@ class FrozenFlow:
 
     def explain(self, rows: int = 65_536) -> str:
         """As :meth:`nicefast.NICE.explain`."""
+        rows = check_count("rows", rows, 1)
         device = self._flow.scaling.log_scale.device
         return explanation(self._plan, rows, self.features, device, frozen=True)
 
@@ -109,13 +112,6 @@ class FrozenFlow:
             with torch.no_grad():
                 return getattr(self._flow, method)(x, context)
         return getattr(self._flow, method)(x, context)
-
-    def _choose(self, x: Tensor, context: Tensor | None) -> Plan:
-        """The plan of a call: the one that was made, where its engine computes such rows."""
-        if not isinstance(self._plan.engine, (RowEngine, _CapturedEngine)):
-            return self._plan
-        reason = why_layers(x, context)
-        return self._plan if reason is None else Plan("layers", reason)
 
 
 class _CapturedEngine:
@@ -164,7 +160,15 @@ class _CapturedEngine:
             return self._graphs[key](x, context)[0]
 
 
-def _copy(flow: Any) -> Any:
+def _choose(made: Plan, x: Tensor, context: Tensor | None) -> Plan:
+    """The plan that was made, where its engine computes such rows."""
+    if not isinstance(made.engine, (RowEngine, _CapturedEngine)):
+        return made
+    reason = why_layers(x, context)
+    return made if reason is None else Plan("layers", reason)
+
+
+def detached_copy(flow: Any) -> Any:
     """A deep copy, also of what a layer computed with gradients and kept, as a pruned one does."""
     kept = (t for module in flow.modules() for t in vars(module).values() if isinstance(t, Tensor))
     return copy.deepcopy(flow, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
@@ -180,7 +184,7 @@ def _plan(flow: Any, batch: int | None) -> Plan:
         return found
     with undisturbed(like.device):
         engine.layers = [
-            [(input_major(w.detach().contiguous()), b.detach().contiguous()) for w, b in layers]
+            [(input_major(w.detach()), b.detach().contiguous()) for w, b in layers]
             for layers in engine.layers
         ]
         if engine.log_scale is not None:

@@ -64,7 +64,11 @@ class RowEngine:
         self.stack, self.prior, self.recompute = stack, prior, recompute
         self.log_scale = None if log_scale is None else log_scale.detach()
         self.activation = ACTIVATIONS[stack.activation]
-        self.layers = cast_layers(stack)
+
+    @cached_property
+    def layers(self) -> Sequence[Layers]:
+        """(weight (in, out), bias) of each layer of each coupling, the operands of products."""
+        return _operands(self.stack)
 
     def log_prob(
         self, x: Tensor, context: Tensor | None = None, save: list[Residuals] | None = None
@@ -172,50 +176,52 @@ class RowEngine:
     ) -> list[Tensor]:
         """The halves of one block after all couplings; not ``to_the_end``: the last shift, which
         no residual needs, is left out."""
-        halves = self.stack.split(x)
-        steps = self.steps(inverse)
+        stack, steps, halves = self.stack, self.steps(inverse), self.stack.split(x)
+        activate, casts = self.activation.apply_, stack.dtype != x.dtype
         for i in steps:
-            side = self.stack.conditioning[i]
-            h = self._hidden(i, halves[side], context, kept)
+            side, (*hidden, (weight, bias)) = stack.conditioning[i], self.layers[i]
+            h = halves[side] if context is None else torch.cat((halves[side], context), 1)
+            if casts:
+                h = h.to(stack.dtype)
+            if kept is None:
+                for w, b in hidden:
+                    h = linear(h, w, b, activate)
+            else:
+                h = self._keep(h, hidden, kept)
             if not to_the_end and i == steps[-1]:
                 break
-            weight, bias = self.layers[i][-1]
-            shift = linear(h, weight, bias).to(x.dtype)
-            x2 = halves[1 - side]
+            shift, x2 = linear(h, weight, bias), halves[1 - side]
+            if casts:
+                shift = shift.to(x.dtype)
             halves[1 - side] = torch.sub(x2, shift, out=shift) if inverse else shift.add_(x2)
         return halves
 
-    def _hidden(self, i: int, x1: Tensor, context: Tensor | None, kept: Residuals | None) -> Tensor:
-        """The operand of the last product of coupling i's conditioner."""
-        h = x1 if context is None else torch.cat((x1, context), 1)
-        h = h.to(self.stack.dtype)
-        activate, hidden = self.activation.apply_, self.layers[i][:-1]
-        if kept is None:
-            for weight, bias in hidden:
-                h = linear(h, weight, bias, activate)
-            return h
+    def _keep(self, h: Tensor, hidden: Layers, kept: Residuals) -> Tensor:
+        """Rows h through the hidden layers; their residuals are appended to ``kept``."""
+        activate = self.activation.apply_
         operands, inputs = [h], []
         for weight, bias in hidden:
-            h = linear(h, weight, bias)
             if self.activation.from_input:
-                inputs.append(h)
-                h = h.clone()
-            h = activate(h)
+                inputs.append(linear(h, weight, bias))
+                h = activate(inputs[-1].clone())
+            else:
+                h = linear(h, weight, bias, activate)
             operands.append(h)
         kept.operands.append(operands)
         kept.inputs.append(inputs)
         return h
 
 
-def cast_layers(stack: CouplingStack) -> Sequence[Layers]:
-    """The layers in the operands' dtype: on a GPU in one launch for many tensors."""
+def _operands(stack: CouplingStack) -> Sequence[Layers]:
+    """(weight (in, out), bias) of each layer in the operands' dtype: on a GPU, many tensors are
+    cast in one launch."""
     if stack.dtype == torch.float32:
-        return stack.couplings
+        return [[(w.t(), b) for w, b in layers] for layers in stack.couplings]
     parameters = [p.detach() for p in stack.parameters]
     cast = [torch.empty(p.shape, dtype=stack.dtype, device=p.device) for p in parameters]
     torch._foreach_copy_(cast, parameters)
     each = iter(zip(cast[::2], cast[1::2], strict=True))
-    return [[next(each) for _ in layers] for layers in stack.couplings]
+    return [[(w.t(), b) for w, b in (next(each) for _ in layers)] for layers in stack.couplings]
 
 
 def _entry(save: list[Residuals] | None) -> Residuals | None:

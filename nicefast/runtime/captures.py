@@ -6,6 +6,7 @@ another device nothing would be captured.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 Outputs = tuple[Tensor, ...]
+_capturing = threading.Lock()
 WARM_UP = 3  # calls before a capture: kernels are compiled, workspaces allocated
 
 
@@ -36,11 +38,14 @@ class Graph:
         self._x = rows.new_zeros(batch, rows.shape[1])
         self._c = None if context is None else context.new_zeros(batch, context.shape[1])
         self._replay, self._outputs = warm_capture(lambda: call(self._x, self._c), rows.device)
+        self._done = torch.cuda.Event()  # of the last call, which may be on another stream
 
     def __call__(self, rows: Tensor, context: Tensor | None) -> Outputs:
         """The call's results for rows (N, D) and their context (N, K), N >= 1."""
         size = len(self._x)
         pieces = []
+        stream = torch.cuda.current_stream(self._x.device)
+        stream.wait_event(self._done)
         for start in range(0, len(rows), size):
             piece = rows[start : start + size]
             n = len(piece)
@@ -49,6 +54,7 @@ class Graph:
                 self._c[:n].copy_(context[start : start + size])
             self._replay()
             pieces.append(tuple(t[:n].clone() for t in self._outputs))
+        self._done.record(stream)
         if len(pieces) == 1:
             return pieces[0]
         return tuple(torch.cat(own) for own in zip(*pieces, strict=True))
@@ -66,11 +72,13 @@ def can_capture(device: torch.device) -> bool:
 def warm_capture(
     call: Callable[[], Outputs], device: torch.device
 ) -> tuple[Callable[[], None], Outputs]:
-    """:func:`capture` after calls that compile kernels and allocate workspaces."""
-    with beside(device):
-        for _ in range(WARM_UP):
-            call()
-    return capture(call, device)
+    """:func:`capture` after calls that compile kernels and allocate workspaces; one thread at a
+    time, since all captures of a device are on one stream."""
+    with _capturing:
+        with beside(device):
+            for _ in range(WARM_UP):
+                call()
+        return capture(call, device)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ that no change reaches (test_changes.py)."""
 import copy
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ def captured(monkeypatch):
         if not isinstance(flow._plan.engine, module._CapturedEngine):  # without a GPU
             engine = module._CapturedEngine(flow._plan.engine, batch)
             flow._plan = flow._plan._replace(engine=engine)
+            flow._flow.plan = partial(module._choose, flow._plan)
         return flow, recorder
 
     return freeze
