@@ -120,15 +120,15 @@ def _owners(name: str) -> Iterator[Any]:
 
 def _relu_fused(h: Tensor, weight: Tensor, bias: Tensor, activation: Any = None) -> Tensor:
     """The library's ``linear``, with oneDNN's relu where oneDNN computes: NaN becomes 0 there."""
-    if activation is None or not linear._takes(h, weight.shape[1]):
+    if activation is None or not linear._takes(h, weight.shape[0]):
         return _shipped_linear(h, weight, bias, activation)
-    return linear._pointwise(h, weight.t(), bias.contiguous(), "relu", [], "")
+    return linear._pointwise(h, weight, bias.contiguous(), "relu", [], "")
 
 
 def _linear_by_feature(h: Tensor, weight: Tensor, bias: Tensor, activation: Any = None) -> Tensor:
     """The library's ``linear`` in feature-major layout: h^T and the result's transpose are
-    contiguous, and products are ``W^T h^T``."""
-    y = _shipped_product(weight.t(), h.t()).add_(bias[:, None]).t()
+    contiguous, and products are ``W h^T``."""
+    y = _shipped_product(weight, h.t()).add_(bias[:, None]).t()
     return y if activation is None else activation(y)
 
 

@@ -32,7 +32,7 @@ def scale_log_prob(
     h: Tensor, log_scale: Tensor, prior: str, return_z: bool
 ) -> tuple[Tensor, Tensor]:
     """``(z (N, D), log_prob (N,))`` of ``h`` (N, D), in nats; z is empty unless asked for."""
-    scale, rest = log_scale.exp(), constant(log_scale, prior)
+    scale, rest = log_scale.exp(), constant(log_scale.sum(), h.shape[1], prior)
     z = h.new_empty(h.shape if return_z else (0,))
     log_prob = h.new_empty(len(h))
     for rows in _blocks(h):
@@ -41,11 +41,12 @@ def scale_log_prob(
     return z, log_prob
 
 
-def constant(log_scale: Tensor, prior: str) -> Tensor:
-    """What :func:`sum_log_prior` leaves out of log_prob, the same for every row."""
+def constant(log_det: Tensor, features: int, prior: str) -> Tensor:
+    """What :func:`sum_log_prior` leaves out of log_prob, the same for every row: the sum of
+    log_scale, ``log_det``, and the normal density's constant."""
     if prior == "logistic":
-        return log_scale.sum()
-    return log_scale.sum() - log_scale.numel() / 2 * math.log(2 * math.pi)
+        return log_det
+    return log_det - features / 2 * math.log(2 * math.pi)
 
 
 def sum_log_prior(z: Tensor, prior: str) -> Tensor:

@@ -47,8 +47,10 @@ def philox(rows: Tensor, quads: Tensor, word: int, seed: int) -> Tensor:
 def _by_numpy(rows: Any, quads: Any, word: int, seed: int) -> Any:
     """:func:`philox` of arrays. NumPy sees the halves of a product as 32-bit numbers, so that one
     thread of it is faster than two of PyTorch's; it frees Python's lock while it computes."""
-    words = np.empty((len(rows), 4 * len(quads)), np.int32)
     step = max(1, PIECE // max(1, len(quads)))
+    if len(rows) <= step:
+        return _piece(rows, quads, word, seed)
+    words = np.empty((len(rows), 4 * len(quads)), np.int32)
     pieces = [slice(i, i + step) for i in range(0, len(rows), step)]
 
     def fill(piece: slice) -> None:

@@ -223,12 +223,17 @@ def sample_prior(
     dtype = dtype or log_scale.dtype
     d = log_scale.shape[0]
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = torch.exp(-log_scale.to(work))
+    scale, step = torch.exp(-log_scale.to(work)), _rows_of_noise(d)
+
+    def block(start: int) -> Tensor:
+        rows = torch.arange(start, min(start + step, n), device=log_scale.device) + row_offset
+        return (prior_noise(rows, d, seed, prior, work) * scale).to(dtype)
+
+    if n <= step:
+        return block(0)
     out = torch.empty((n, d), dtype=dtype, device=log_scale.device)
-    step = _rows_of_noise(d)
     for i in range(0, n, step):
-        rows = torch.arange(i, min(i + step, n), device=log_scale.device) + row_offset
-        out[i : i + step] = (prior_noise(rows, d, seed, prior, work) * scale).to(dtype)
+        out[i : i + step] = block(i)
     return out
 
 
@@ -250,16 +255,12 @@ def prior_noise(rows: Tensor, features: int, seed: int, prior: str, dtype: torch
     high = philox(rows, quads, 0, seed)
     low = philox(rows, quads, 1, seed) if dtype == torch.float64 else None
 
-    def unit(bits: Tensor, scale: float) -> Tensor:
-        fraction = 0.5 if low is None else (unsigned(low, dtype) + 0.5) * 2.0**-32
-        return unsigned(bits, dtype).add_(fraction).mul_(scale)
-
+    fraction = 0.5 if low is None else (unsigned(low, dtype) + 0.5) * 2.0**-32
     if prior == "logistic":
-        w = unit(high & 0x7FFFFFFF, 2.0**-31)
-        t = torch.log((2.0 - w).div_(w))
-        z = t.mul_(high.to(dtype).add_(0.5).sign_())
+        w = (high & 0x7FFFFFFF).to(dtype).add_(fraction).mul_(2.0**-31)
+        z = torch.copysign((2.0 - w).div_(w).log_(), high)
     else:
-        z = box_muller(unit(high, 2.0**-32))
+        z = box_muller(unsigned(high, dtype).add_(fraction).mul_(2.0**-32))
     return z.view(high.shape)[:, :features]
 
 

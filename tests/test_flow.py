@@ -314,6 +314,16 @@ BAD_CALLS = [
         "x must be dense, got layout torch.sparse_coo",
     ),
     (
+        lambda m: nf.NICE(6, hidden=(4,), context=2).log_prob(X, X[:, :2].to_sparse()),
+        TypeError,
+        "context must be dense, got layout torch.sparse_coo",
+    ),
+    (
+        lambda m: nf.NICE(6, hidden=(4,), context=2).log_prob(X, X[:, :2].to(torch.float8_e4m3fn)),
+        TypeError,
+        "context must be float16, bfloat16, float32 or float64, got torch.float8",
+    ),
+    (
         lambda m: m.inverse(X.to(torch.float8_e4m3fn)),
         TypeError,
         "z must be float16, bfloat16, float32 or float64, got torch.float8",
@@ -423,6 +433,7 @@ def test_a_scaling_of_its_own_is_what_the_flow_computes(hidden, rows, grad):
         with torch.set_grad_enabled(grad):
             return (
                 flow.log_prob(x),
+                flow.log_det(x),
                 *flow(x),
                 *flow.inverse(x),
                 flow.sample(5, generator=noise[0]),

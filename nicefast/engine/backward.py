@@ -123,9 +123,12 @@ class _Blocks:
                 continue
             if c is not None:
                 c.add_(d[:, g[side].shape[1] :], alpha=-1 if self.inverse else 1)
-            if reaches_x1:
                 d = d[:, : g[side].shape[1]]
-                g[side] = g[side] - d if self.inverse else g[side] + d
+            elif self.context is not None:
+                d = d[:, : g[side].shape[1]]
+            if reaches_x1:
+                x1 = g[side]
+                g[side] = torch.sub(x1, d, out=d) if self.inverse else d.add_(x1)
         if self.grad_x is not None:
             self.engine.stack.join(g, self.grad_x[rows])
 
@@ -156,7 +159,7 @@ class _Blocks:
             sums[k].add(d, operands[k], -1 if self.inverse else 1)
             if k == last and not wants_input:
                 return None
-            d = product(d, layers[k][0].t())
+            d = product(d, layers[k][0])
             if k > 0:
                 engine.activation.backward_(d, inputs[k - 1] if inputs else operands[k])
         return d.to(grad.dtype) if wants_input else None
@@ -174,10 +177,10 @@ class _Sum:
     def add(self, d: Tensor, h: Tensor, sign: int) -> None:
         if self.wants_weight:
             found = weight_gradient(d, h)
-            if self.weight is None:
-                self.weight = found.float() if sign > 0 else found.float().neg_()
-            else:
+            if self.weight is not None:
                 self.weight.add_(found, alpha=sign)
+            else:
+                self.weight = found.float() if sign > 0 else found.float().neg_()
         if self.wants_bias:
             found = d.sum(0, dtype=torch.float32)
             if self.bias is None:

@@ -22,7 +22,7 @@ from ..runtime.threads import undisturbed
 from .explanation import explanation
 from .gemm import GemmEngine, gives_numbers
 from .kernel import KernelEngine
-from .linear import input_major
+from .linear import input_major, prepared_linear
 from .plan import Plan, plan, why_layers
 from .rows import Residuals, RowEngine
 
@@ -184,9 +184,12 @@ def _plan(flow: Any, batch: int | None) -> Plan:
         return found
     with undisturbed(like.device):
         engine.layers = [
-            [(input_major(w.detach()), b.detach().contiguous()) for w, b in layers]
+            [(input_major(w.detach().contiguous()), b.detach().contiguous()) for w, b in layers]
             for layers in engine.layers
         ]
+        if type(engine) is RowEngine and like.is_cpu:
+            engine.linear = prepared_linear
+            engine.layers = [[(w.t(), b) for w, b in layers] for layers in engine.layers]
         if engine.log_scale is not None:
             _ = engine.density
         if isinstance(engine, KernelEngine):

@@ -142,14 +142,14 @@ class GemmEngine(RowEngine):
         h = h.to(self.stack.dtype)
         for weight, bias in hidden:
             if fuses_relu:
-                h = torch._addmm_activation(bias, h, weight)
+                h = torch._addmm_activation(bias, h, weight.t())
             else:
                 h = linear(h, weight, bias, self.activation.apply_)
         sign = -1 if inverse else 1
         if h.dtype == x2.dtype:
-            x2.addmm_(h, last, alpha=sign)
+            x2.addmm_(h, last.t(), alpha=sign)
         else:
-            x2.add_(torch.mm(h, last), alpha=sign)
+            x2.add_(torch.mm(h, last.t()), alpha=sign)
 
 
 def gives_numbers(stack: CouplingStack) -> bool:

@@ -9,6 +9,7 @@ Nothing is kept between calls. What a gradient needs is described in :mod:`.back
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..likelihood import constant, sum_log_prior
 from ..ops import check_log_scale
-from .linear import input_major, linear
+from .linear import input_major, linear, prepared_linear
 from .stack import CouplingStack, Layers
 from .thresholds import BLOCK_BYTES, RECOMPUTED_BYTES, RESIDUAL_BYTES
 
@@ -62,13 +63,13 @@ class RowEngine:
         self, stack: CouplingStack, log_scale: Tensor | None, prior: str, recompute: bool = False
     ) -> None:
         self.stack, self.prior, self.recompute = stack, prior, recompute
-        self.log_scale = None if log_scale is None else log_scale.detach()
-        self.activation = ACTIVATIONS[stack.activation]
+        self.log_scale = log_scale
+        self.activation, self.linear = ACTIVATIONS[stack.activation], linear
 
     @cached_property
     def layers(self) -> Sequence[Layers]:
-        """(weight (in, out), bias) of each layer of each coupling, the operands of products."""
-        return _operands(self.stack)
+        """The couplings' layers in the operands' dtype."""
+        return cast_layers(self.stack)
 
     def log_prob(
         self, x: Tensor, context: Tensor | None = None, save: list[Residuals] | None = None
@@ -127,10 +128,12 @@ class RowEngine:
 
     def blocks(self, rows: int, training: bool = False) -> list[slice]:
         """The blocks of so many rows, of nearly one size; ``training``: residuals are made."""
-        kind = self.stack.device.type
+        kind = "cpu" if self.stack.parameters[0].is_cpu else "cuda"
         most = BLOCK_BYTES[kind] // (self.stack.width * self.stack.dtype.itemsize)
         if training and not self.saves(rows):
             most = min(most, RECOMPUTED_BYTES[kind] // self.stack.residual_bytes)
+        if rows <= most:
+            return [slice(0, rows)]
         count = max(1, -(-rows // max(1, most)))
         size = max(1, -(-rows // count))
         return [slice(i, min(i + size, rows)) for i in range(0, max(1, rows), size)]
@@ -148,20 +151,28 @@ class RowEngine:
     @cached_property
     def density(self) -> Density:
         """Made of log_scale when it is first asked for; errors of :meth:`checked_log_scale`."""
-        log_scale = self.checked_log_scale()
-        return Density(self.stack.by_half(log_scale).exp(), constant(log_scale, self.prior))
+        log_scale = self._known_log_scale()
+        log_det = log_scale.sum()
+        if log_scale.is_cpu and not math.isfinite(log_det.item()):
+            check_log_scale(log_scale)
+        rest = constant(log_det, len(log_scale), self.prior)
+        return Density(self.stack.by_half(log_scale).exp(), rest)
 
     def checked_log_scale(self) -> Tensor:
         """log_scale; ValueError for one that is not finite, where looking costs nothing."""
+        log_scale = self._known_log_scale()
+        check_log_scale(log_scale)
+        return log_scale
+
+    def _known_log_scale(self) -> Tensor:
         if self.log_scale is None:
             raise RuntimeError("the scaling of this flow is computed by a module of its own")
-        check_log_scale(self.log_scale)
         return self.log_scale
 
     def _cut(self, rows: int, save: list[Residuals] | None) -> list[slice]:
         """The blocks of one pass, for which the weights are arranged."""
         blocks = self.blocks(rows, save is not None)
-        if len(blocks) > 1 and save is None:
+        if len(blocks) > 1 and save is None and self.linear is not prepared_linear:
             # 1.1 to 1.2 times as fast in several blocks, 0.8 where each weight is used once
             self.layers = [[(input_major(w), b) for w, b in layers] for layers in self.layers]
         return blocks
@@ -177,7 +188,8 @@ class RowEngine:
         """The halves of one block after all couplings; not ``to_the_end``: the last shift, which
         no residual needs, is left out."""
         stack, steps, halves = self.stack, self.steps(inverse), self.stack.split(x)
-        activate, casts = self.activation.apply_, stack.dtype != x.dtype
+        linear, activate = self.linear, self.activation.apply_
+        casts = stack.dtype != x.dtype
         for i in steps:
             side, (*hidden, (weight, bias)) = stack.conditioning[i], self.layers[i]
             h = halves[side] if context is None else torch.cat((halves[side], context), 1)
@@ -198,7 +210,7 @@ class RowEngine:
 
     def _keep(self, h: Tensor, hidden: Layers, kept: Residuals) -> Tensor:
         """Rows h through the hidden layers; their residuals are appended to ``kept``."""
-        activate = self.activation.apply_
+        linear, activate = self.linear, self.activation.apply_
         operands, inputs = [h], []
         for weight, bias in hidden:
             if self.activation.from_input:
@@ -212,16 +224,15 @@ class RowEngine:
         return h
 
 
-def _operands(stack: CouplingStack) -> Sequence[Layers]:
-    """(weight (in, out), bias) of each layer in the operands' dtype: on a GPU, many tensors are
-    cast in one launch."""
+def cast_layers(stack: CouplingStack) -> Sequence[Layers]:
+    """The layers in the operands' dtype: on a GPU in one launch for many tensors."""
     if stack.dtype == torch.float32:
-        return [[(w.t(), b) for w, b in layers] for layers in stack.couplings]
+        return stack.couplings
     parameters = [p.detach() for p in stack.parameters]
     cast = [torch.empty(p.shape, dtype=stack.dtype, device=p.device) for p in parameters]
     torch._foreach_copy_(cast, parameters)
     each = iter(zip(cast[::2], cast[1::2], strict=True))
-    return [[(w.t(), b) for w, b in (next(each) for _ in layers)] for layers in stack.couplings]
+    return [[next(each) for _ in layers] for layers in stack.couplings]
 
 
 def _entry(save: list[Residuals] | None) -> Residuals | None:

@@ -64,7 +64,7 @@ class CouplingStack:
     @cached_property
     def width(self) -> int:
         """Columns of the widest result of a product."""
-        return max(b.shape[0] for layers in self.couplings for _, b in layers)
+        return max([b.shape[0] for layers in self.couplings for _, b in layers])
 
     @property
     def products(self) -> int:
@@ -102,6 +102,8 @@ class CouplingStack:
 
     def join(self, halves: Sequence[Tensor], out: Tensor) -> Tensor:
         """The halves of rows, written to out (N, D)."""
+        if self.in_order:
+            return torch.cat(list(halves), 1, out=out)
         for half, features in zip(halves, self.halves, strict=True):
             columns = features.columns
             if isinstance(columns, Tensor):
@@ -187,9 +189,10 @@ def _mlp(coupling: AdditiveCoupling) -> MLP:
 
 def _side(partition: Partition, first: Partition) -> int | None:
     """Which half of the first coupling's partition this one conditions on; None for neither."""
-    if partition is first or partition == first:
-        return 0
-    return 1 if partition == ~first else None
+    other = ~first
+    if partition is first or partition is other:  # most are: comparing costs more
+        return int(partition is other)
+    return 0 if partition == first else 1 if partition == other else None
 
 
 def _why_not(layers: Layers, device: torch.device, inputs: int, outputs: int) -> str | None:
@@ -202,7 +205,8 @@ def _why_not(layers: Layers, device: torch.device, inputs: int, outputs: int) ->
             return f"parameters that are no float32 tensors on {device}"
         if weight.device != device or bias.device != device:
             return f"parameters that are no float32 tensors on {device}"
-        if weight.shape[1:] != (width,) or bias.shape != weight.shape[:1]:
-            return f"weights {tuple(weight.shape)}, bias {tuple(bias.shape)} for {width} inputs"
-        width = bias.shape[0]
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != width or bias.shape != shape[:1]:
+            return f"weights {tuple(shape)}, bias {tuple(bias.shape)} for {width} inputs"
+        width = shape[0]
     return None if width == outputs else f"{width} outputs for {outputs} transformed features"

@@ -38,14 +38,15 @@ class Graph:
         self._x = rows.new_zeros(batch, rows.shape[1])
         self._c = None if context is None else context.new_zeros(batch, context.shape[1])
         self._replay, self._outputs = warm_capture(lambda: call(self._x, self._c), rows.device)
-        self._done = torch.cuda.Event()  # of the last call, which may be on another stream
+        # of the last call, which may have been on another stream; there are none but on a GPU
+        self._done = torch.cuda.Event() if rows.is_cuda else None
 
     def __call__(self, rows: Tensor, context: Tensor | None) -> Outputs:
         """The call's results for rows (N, D) and their context (N, K), N >= 1."""
         size = len(self._x)
         pieces = []
-        stream = torch.cuda.current_stream(self._x.device)
-        stream.wait_event(self._done)
+        if self._done is not None:
+            self._done.wait(torch.cuda.current_stream(self._x.device))
         for start in range(0, len(rows), size):
             piece = rows[start : start + size]
             n = len(piece)
@@ -54,7 +55,8 @@ class Graph:
                 self._c[:n].copy_(context[start : start + size])
             self._replay()
             pieces.append(tuple(t[:n].clone() for t in self._outputs))
-        self._done.record(stream)
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self._x.device))
         if len(pieces) == 1:
             return pieces[0]
         return tuple(torch.cat(own) for own in zip(*pieces, strict=True))

@@ -3,6 +3,7 @@ flow that was frozen before."""
 
 import copy
 import inspect
+import math
 
 import pytest
 import torch
@@ -427,3 +428,84 @@ def test_parameters_put_in_for_one_call(way, device):
         with nf.set_backend("reference"):
             torch.testing.assert_close(got, other(x)[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(model(x)[0], before)
+
+
+def test_parameters_put_in_for_one_call_of_a_flow_with_a_grid():
+    """The gradient is that of the parameters that were put in, though the modules have others."""
+    model, x = make(6).with_grid(2**-16), torch.randn(5, 6)
+    put = {name: (1.1 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    got = torch.func.functional_call(model, put, (x,))[0].square().sum()
+    wanted = {name: p for name, p in put.items() if "scale" not in name}
+    found = torch.autograd.grad(got, list(wanted.values()))
+    parameters = dict(other.named_parameters())
+    expected = torch.autograd.grad(other(x)[0].square().sum(), [parameters[n] for n in wanted])
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("grid", [None, 2**-16])
+def test_global_hooks_are_seen(grid):
+    model, x = make(6).with_grid(grid), torch.randn(5, 6)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, given, out: 2 * out if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        hooked = model(x)[0].detach()
+    finally:
+        hook.remove()
+    assert not torch.allclose(hooked, model(x)[0], atol=1e-3)
+
+
+class Doubled(nf.AdditiveCoupling):
+    """A coupling of the user's own."""
+
+    def forward(self, x, context=None):
+        y, log_det = super().forward(x, context)
+        return 2 * y, log_det + self.partition.features * math.log(2)
+
+    def inverse(self, y, context=None):
+        x, log_det = super().inverse(y / 2, context)
+        return x, log_det - self.partition.features * math.log(2)
+
+
+class Halved(torch.nn.Module):
+    """A module that is no coupling, in a coupling's place."""
+
+    def forward(self, x, context=None):
+        return x / 2, x.new_zeros(x.shape[:-1])
+
+    def inverse(self, y, context=None):
+        return 2 * y, y.new_zeros(y.shape[:-1])
+
+
+def own_inverse(model):
+    plain = model.couplings[0].inverse
+    model.couplings[0].inverse = lambda y, context=None: plain(y + 1, context)
+
+
+@pytest.mark.parametrize("change", ["subclass", "module", "instance"])
+def test_samples_come_through_a_couplings_own_inverse(change):
+    model = make(6)
+    before = model.sample(5, generator=torch.Generator().manual_seed(1))
+    if change == "subclass":
+        model.couplings[0] = Doubled(model.couplings[0].partition, model.couplings[0].conditioner)
+    elif change == "module":
+        model.couplings[0] = Halved()
+    else:
+        own_inverse(model)
+    x = model.sample(5, generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(x, before)
+    seed = nf.functional.draw_seed(torch.Generator().manual_seed(1))
+    h = nf.reference.sample_prior(model.scaling.log_scale.detach(), 5, seed)
+    torch.testing.assert_close(model.inverse(h * model.scaling.log_scale.exp())[0], x)
+
+
+def test_a_pruned_flow_gets_a_grid_after_a_gradient():
+    model, x = make(6), torch.randn(5, 6)
+    prune.l1_unstructured(model.couplings[0].conditioner.linears[0], "weight", 0.5)
+    model.log_prob(x).sum().backward()
+    exact = model.with_grid(2**-16)
+    torch.testing.assert_close(exact.log_prob(x), model.log_prob(x), atol=1e-2, rtol=1e-3)

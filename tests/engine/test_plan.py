@@ -152,7 +152,7 @@ def test_calls_that_go_layer_by_layer():
         assert "autocast to torch.float16" in planned(model).reason
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert planned(model).reason == "global module hooks"
+        assert planned(model).reason == "coupling 0: global module hooks"
     finally:
         handle.remove()
     seen = []
