@@ -42,7 +42,7 @@ def choose_path(flow: Flow, x: Tensor, context: Tensor | None = None) -> Plan:
 
 
 class Planned(Flow, Protocol):
-    """What is asked of a :class:`nicefast.NICE`, which lives one floor up."""
+    """The attributes of a :class:`nicefast.NICE` that :class:`GraphedFlow` uses."""
 
     event_shape: torch.Size
 

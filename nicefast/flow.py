@@ -64,6 +64,7 @@ class NICE(Fingerprinted):
         event_shape: shape of one x.
         recompute: False; set to True, gradients recompute activations, whatever their size, instead
             of saving up to 1 GiB of them: memory does not grow with the number of couplings.
+            torch.utils.checkpoint around a flow frees none of them.
 
     Shapes: x (..., \\*event_shape), context (..., K) with leading dimensions that broadcast to
     those of x; z like x, log_det and log_prob (...). Narrower inputs than float32 run as float32.
@@ -390,7 +391,8 @@ class NICE(Fingerprinted):
                 number of rows; ignored elsewhere.
 
         Raises:
-            ValueError: batch < 1; by the copy's methods, a gradient that would have to be recorded.
+            ValueError: batch < 1, or a log_scale that is not finite (on the CPU); by the copy's
+                methods, a gradient that would have to be recorded.
 
         >>> import torch, nicefast as nf
         >>> flow, x = nf.NICE(4, hidden=(8,)), torch.randn(300, 4)
@@ -447,9 +449,9 @@ class NICE(Fingerprinted):
         return FlowTransform(self, context)
 
     def explain(self, rows: int = 65_536) -> str:
-        """Which path a log_prob of ``rows`` rows takes on the flow's device, and why.
+        """The plan of a log_prob of ``rows`` rows on the flow's device, and the reason for it.
 
-        Engine, blocks, precision, number of products, work and bytes for each row, and the least
+        Engine, blocks, precision, number of products, work and bytes of all rows, and the least
         time that this device could need for them, by its measured rates. ValueError for rows < 1.
 
         >>> import nicefast as nf

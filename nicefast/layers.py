@@ -104,7 +104,7 @@ class MLP(Fingerprinted):
         self.check_context(context)
         if context is None:
             h = first(x)
-        elif type(first) is nn.Linear and not is_watched(first):
+        elif type(first) is nn.Linear and not runs_more_than_forward(first):
             # two products instead of a cat of the data with its context
             w, w_context = first.weight.split((self.in_features, self.context), 1)
             h = nn.functional.linear(x, w) + nn.functional.linear(
@@ -319,7 +319,7 @@ def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] |
     linears = list(cast("nn.ModuleList", conditioner._modules["linears"])._modules.values())
     layers = []
     for module in (conditioner, *linears):
-        if module is None or is_watched(module):
+        if module is None or runs_more_than_forward(module):
             return "hooks, or a forward of its own"
     for linear in linears:  # every call comes here: each step of it shows in a small batch
         own = linear._parameters if type(linear) is nn.Linear else {}
@@ -330,7 +330,7 @@ def plain_layers(conditioner: nn.Module | None) -> list[tuple[Tensor, Tensor]] |
     return layers
 
 
-def is_watched(module: nn.Module) -> bool:
+def runs_more_than_forward(module: nn.Module) -> bool:
     """Whether calling it does anything but its class's forward."""
     own = module.__dict__
     return bool(  # in one expression: every module of a flow is asked at each call
@@ -345,7 +345,11 @@ def is_watched(module: nn.Module) -> bool:
 
 def is_plain_scaling(scaling: nn.Module) -> bool:
     """Whether ``log_scale`` alone says what it does."""
-    return type(scaling) is Scaling and not is_watched(scaling) and type(scaling.log_scale) in PLAIN
+    return (
+        type(scaling) is Scaling
+        and not runs_more_than_forward(scaling)
+        and type(scaling.log_scale) in PLAIN
+    )
 
 
 def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:

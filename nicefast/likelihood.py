@@ -1,8 +1,9 @@
-"""Scaling + prior + row sum on the CPU, in blocks of rows that stay in the cache.
+"""Scaling + prior + row sum in float32. :func:`scale_log_prob` and its gradient work on the CPU, in
+blocks of rows that stay in the cache; the other functions work on any device.
 
-What :func:`nicefast.reference.scale_log_prob` and its gradient say, in float32, with few operations
-on blocks whose memory is used again: large temporaries would cost more in page faults than in
-arithmetic. With the logistic prior,
+The definition is :func:`nicefast.reference.scale_log_prob`. Here are few operations on blocks whose
+memory is used again: large temporaries would cost more in page faults than in arithmetic. With the
+logistic prior,
 
     log p(z) = -softplus(z) - softplus(-z) = -|z| + 2 log sigmoid(|z|)
 
@@ -24,7 +25,7 @@ FACTORS = 64  # of one product: each is between a half and one, so it stays far 
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Whether these are what the functions here compute: float32, on the CPU."""
+    """Whether :func:`scale_log_prob` and its gradient compute these: float32, on the CPU."""
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers import MLP, is_watched
+from ..layers import MLP, runs_more_than_forward
 from .steps import Coupling
 
 MODULES: dict[str, type[nn.Module]] = {
@@ -148,7 +148,7 @@ def sequence(module: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> list[
     >>> sequence(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Sequential(torch.nn.Tanh())))
     [Tanh()]
     """
-    if is_watched(module):
+    if runs_more_than_forward(module):
         return None
     kind = (type(module).__module__, type(module).__name__)
     inner: list[nn.Module]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import layers
-from ..layers import is_watched
+from ..layers import runs_more_than_forward
 from ..partition import Partition
 from ..priors import Logistic as _Logistic
 from ..reference import prior_log_prob
@@ -174,7 +174,7 @@ def _block(flows: Sequence[Any]) -> str | None:
         return "not additive: it scales"
     if flows[0].mode != flows[2].mode:
         return f"it splits by {flows[0].mode} and merges by {flows[2].mode}"
-    if any(is_watched(flow) or "inverse" in flow.__dict__ for flow in flows):
+    if any(runs_more_than_forward(flow) or "inverse" in flow.__dict__ for flow in flows):
         return "a part of it has hooks, or a forward of its own"
     return None
 

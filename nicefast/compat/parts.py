@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import MLP, is_watched
+from ..layers import MLP, runs_more_than_forward
 from .replacing import PEERS, own_methods
 from .steps import Affine, Base, Coupling, Step, slots, spread
 
@@ -27,7 +27,7 @@ def refused(part: object, where: str, why: str) -> ValueError:
 def kind_of(part: object, peer: str) -> str:
     """The name of a class of that library, or of one of nicefast's for it; "" for any other, and
     for what does more than its class."""
-    if isinstance(part, nn.Module) and (is_watched(part) or own_methods(part)):
+    if isinstance(part, nn.Module) and (runs_more_than_forward(part) or own_methods(part)):
         return ""
     home = type(part).__module__
     own = home == f"{__package__}.{PEERS[peer].module}"
@@ -79,7 +79,7 @@ def native_steps(part: Any, peer: str, event: Event) -> list[Step] | None:
     """nicefast's own coupling or scaling, as a class of that library, data -> latent."""
     kind = kind_of(part, peer)
     part = getattr(part, "layer", part)  # as FrEIA's have it
-    if is_watched(part) or own_methods(part):
+    if runs_more_than_forward(part) or own_methods(part):
         return None
     if kind == "Scaling" and hasattr(part, "log_scale"):
         scale = spread(part.log_scale.double().exp().view(event), event)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..layers import is_watched
+from ..layers import runs_more_than_forward
 
 
 class Peer(NamedTuple):
@@ -194,7 +194,7 @@ def _why_left(
     for inner in part.modules():
         if owners[inner] > 1 and any(True for _ in inner.parameters()):
             return f"shared: {places[inner][0]} is in {owners[inner]} couplings"
-    if is_watched(part):
+    if runs_more_than_forward(part):
         return "it has hooks, or a forward of its own"
     own = own_methods(part)
     if own:

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from .. import reference
 from ..runtime import watchers
-from ..runtime.threads import undisturbed
+from ..runtime.threads import without_autograd
 from .backward import Gradients, Wanted, couple_vjp, log_prob_vjp
 from .exact import ExactEngine
 from .rows import Residuals, RowEngine
@@ -41,7 +41,7 @@ def log_prob(
     parameters = engine.stack.parameters
     if watchers.records(x, context, log_scale, *parameters):
         return _Run.apply(engine, "log_prob", x, context, log_scale, *parameters)
-    with undisturbed(x.device):
+    with without_autograd(x.device):
         return engine.log_prob(x, context)
 
 
@@ -64,14 +64,15 @@ def couple(
     if watchers.records(x, context, *parameters):
         operation = "inverse" if inverse else "forward"
         return _Run.apply(engine, operation, x, context, None, *parameters)
-    with undisturbed(x.device):
+    with without_autograd(x.device):
         return engine.couple(x, context, inverse)
 
 
 def transform(
     engine: RowEngine | ExactEngine, x: Tensor, context: Tensor | None, inverse: bool
 ) -> Tensor:
-    """Rows x (N, D) through couplings and scaling, or back, where no gradient is recorded: z, or x.
+    """Rows x (N, D) through couplings and scaling, or back: z, or x. Only an exact engine records
+    gradients here; it scales nothing.
     ValueError for a log_scale that is not finite (on the CPU).
 
     >>> import torch, nicefast as nf
@@ -84,7 +85,7 @@ def transform(
     """
     if isinstance(engine, ExactEngine):
         return engine.couple(x, context, inverse)
-    with undisturbed(x.device):
+    with without_autograd(x.device):
         return engine.inverse(x, context) if inverse else engine.forward(x, context)
 
 
@@ -106,7 +107,7 @@ class _Run(Function):
         ctx.residuals = residuals
         # autograd finds a change in place between forward and backward of what is saved here
         ctx.save_for_backward(x, context, log_scale, *parameters)
-        with undisturbed(x.device):
+        with without_autograd(x.device):
             if operation == "log_prob":
                 return engine.log_prob(x, context, residuals)
             return engine.couple(x, context, operation == "inverse", residuals)
@@ -120,7 +121,7 @@ class _Run(Function):
             return None, None, *_plain_gradients(ctx.engine, ctx.operation, inputs, needs, grad)
         wanted = Wanted(needs[0], needs[1], needs[2], needs[3:])
         arguments = ctx.engine, grad, x, context
-        with undisturbed(x.device):
+        with without_autograd(x.device):
             found: Gradients
             if ctx.operation == "log_prob":
                 found = log_prob_vjp(*arguments, ctx.residuals, wanted)
@@ -146,7 +147,7 @@ def _plain_gradients(
     stack = engine.stack
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        # under other names: the gradient ends here, and passes no hook
+        # views, so that torch.autograd.grad ends here and runs no hooks of the inputs
         named: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
         x, context, log_scale, *parameters = named
         each = iter(zip(parameters[::2], parameters[1::2], strict=True))

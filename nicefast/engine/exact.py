@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .. import functional as F  # noqa: N812
 from ..exact.arithmetic import mlp
 from ..exact.grid import check_range, round_to_grid
-from ..layers import MLP, AdditiveCoupling, is_watched, plain_layers
+from ..layers import MLP, AdditiveCoupling, plain_layers, runs_more_than_forward
 from ..partition import Partition
 from ..runtime import watchers
 from .stack import Layers
@@ -91,7 +91,7 @@ class _Coupling(NamedTuple):
 
 def _plain(coupling: nn.Module, context: Tensor | None) -> _Coupling | None:
     """The coupling by its tensors; None where a call does anything that these do not say."""
-    if type(coupling) is not AdditiveCoupling or is_watched(coupling):
+    if type(coupling) is not AdditiveCoupling or runs_more_than_forward(coupling):
         return None
     layers, conditioner = plain_layers(coupling.conditioner), cast("MLP", coupling.conditioner)
     if isinstance(layers, str) or conditioner.drops:

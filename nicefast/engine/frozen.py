@@ -1,7 +1,9 @@
 """An immutable copy of a flow for inference, which owns what each call of the flow prepares anew.
 
-A frozen flow reads no modules, chooses no engine, and casts, packs or arranges no weights in a
-call; on a GPU its calls can be captured as CUDA graphs and replayed.
+Where an engine computes the flow by its tensors (``rows``, ``kernel``, ``gemm``), a call of a
+frozen flow reads no modules and casts, packs or arranges no weights; on a GPU its calls can be
+captured as CUDA graphs and replayed. Flows with a grid, and flows computed layer by layer, are only
+copied.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from ..checks import check_count
 from ..runtime import watchers
 from ..runtime.captures import Graph, can_capture
-from ..runtime.threads import undisturbed
+from ..runtime.threads import without_autograd
 from .explanation import explanation
 from .gemm import GemmEngine, gives_numbers
 from .kernel import KernelEngine
@@ -30,9 +32,10 @@ from .rows import Residuals, RowEngine
 class FrozenFlow:
     """A flow as it was when it was frozen, for inference: see :meth:`nicefast.NICE.frozen`.
 
-    Arguments, shapes, results and errors are those of the flow's own methods. Products have the
-    precision that was in force when the flow was frozen (float32 matmul precision, autocast), and
-    dropout is off. ValueError for a call whose gradient would have to be recorded.
+    Arguments, shapes, results and errors are those of the flow's own methods. Freezing fixes the
+    dtype of the operands of products (autocast, float32 matmul precision) and switches dropout off.
+    TF32 follows the setting in force at each call, but for the whole-flow kernel and CUDA graphs.
+    Unpickling freezes anew. ValueError for a call whose gradient would have to be recorded.
 
     Attributes:
         batch: rows of one CUDA graph, or None.
@@ -182,7 +185,7 @@ def _plan(flow: Any, batch: int | None) -> Plan:
     engine = found.engine
     if not isinstance(engine, RowEngine):
         return found
-    with undisturbed(like.device):
+    with without_autograd(like.device):
         engine.layers = [
             [(input_major(w.detach().contiguous()), b.detach().contiguous()) for w, b in layers]
             for layers in engine.layers

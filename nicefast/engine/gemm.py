@@ -2,10 +2,11 @@
 :mod:`nicefast.kernels.sides`.
 
 A kernel at the boundary writes the rows as the two halves of the partition, and each conditioner's
-last product adds to one half in place. The bias of that product is added by the next kernel that
-has to run anyhow, since it may be added at any time before the next coupling reads that half: the
-kernel at the boundary takes the first coupling's bias, one kernel takes those of two couplings, and
-the kernel that ends in log_prob takes the last. The gradient is the row engine's.
+last product adds to one half in place. A kernel that runs anyway adds the bias of that product,
+before or after the product: sums commute, and only the next coupling that reads the half needs it.
+If couplings alternate, the kernel at the boundary takes the first coupling's bias, one kernel takes
+those of two couplings, and the kernel that ends in log_prob takes the last. The gradient is the row
+engine's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .stack import CouplingStack
 
 Biases = tuple[Tensor | None, Tensor | None]
 LARGEST = 2.0**30  # the bound holds for rows whose features are at most this
-LIMIT = 2.0**126  # no bound may reach this: it lies just below the largest float32
+LIMIT = 2.0**126  # no bound may reach this: a quarter of the largest float32, for rounding
 
 
 class GemmEngine(RowEngine):
@@ -80,8 +81,8 @@ class GemmEngine(RowEngine):
         """Rows x through the flow (``inverse``: back) to ``out`` and ``log_prob``, if given."""
         kernels, halves = backend.kernels(), self.stack.halves
         before, after = (log_scale, None) if inverse else (None, log_scale)
-        # a NaN in a row makes its log_prob NaN, through the feature that has it, even where an
-        # epilogue lost it on the way to other features; rows that are returned must not lose it
+        # relu in the epilogue is safe in log_prob: a NaN in x stays in its own feature and makes
+        # log_prob NaN; rows that are returned would lose it
         fuses_relu = self.fuses_relu and out is None
         for rows in self.blocks(len(x)):
             c = None if context is None else context[rows]
@@ -100,7 +101,8 @@ class GemmEngine(RowEngine):
         log_scale: Tensor | None,
         fuses_relu: bool,
     ) -> tuple[Tensor, Biases]:
-        """The halves after all couplings, but for the biases that come with them."""
+        """``(y (N, D), biases)``: the halves after all couplings, the first half's columns first,
+        and the biases that are still to be added to each half."""
         kernels, stack = backend.kernels(), self.stack
         sizes = [half.size for half in stack.halves]
         due: list[Tensor | None] = [None, None]  # of each half

@@ -6,8 +6,9 @@
     exact     flows with a grid: arithmetic that has the same bits everywhere
     layers    every module is called in turn: any conditioner, dtype, hook or transformation
 
-The choice depends on the flow's structure, and on the device, dtype and precision of a call; not on
-earlier calls, and not on the number of rows. Thresholds stand in :mod:`.thresholds`.
+The choice depends on the flow (structure, hooks, training mode), on the device and dtypes of the
+call, and on PyTorch's state (precision, autocast, backend, compilation, torch.func). It does not
+depend on earlier calls or on the number of rows. Thresholds stand in :mod:`.thresholds`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
 
 
 class Flow(Protocol):
-    """What is asked of a :class:`nicefast.NICE`, which lives one floor up."""
+    """The attributes of a :class:`nicefast.NICE` that :func:`plan` reads."""
 
     couplings: nn.ModuleList
     scaling: Scaling
@@ -57,7 +58,7 @@ def plan(flow: Flow, x: Tensor, context: Tensor | None = None) -> Plan:
     """The way of rows ``x`` (N, D), with context (N, K) or none, through ``flow``, and why.
 
     What no engine serves goes layer by layer: that is never an error. ValueError for an unknown
-    NICEFAST_BACKEND.
+    NICEFAST_BACKEND; RuntimeError where the backend "triton" was asked for and cannot run there.
 
     >>> import torch, nicefast as nf
     >>> from nicefast.engine import plan
@@ -131,7 +132,7 @@ def _why_scaling_is_apart(scaling: nn.Module, features: int) -> str | None:
 
 
 def _why_exact(flow: Flow, grid: float) -> str:
-    """How a flow with a grid is computed: engines round as the batch has it."""
+    """How the conditioners of a flow with a grid are computed."""
     for i, coupling in enumerate(flow.couplings):
         layers = plain_layers(coupling._modules.get("conditioner"))
         if isinstance(layers, str):
@@ -140,7 +141,7 @@ def _why_exact(flow: Flow, grid: float) -> str:
 
 
 def why_layers(x: Tensor, context: Tensor | None) -> str | None:
-    """Why no engine computes such rows, whatever the flow; None where one may."""
+    """The reason why no engine computes these rows, whatever the flow; None where one may."""
     if watchers.is_compiled():
         return "torch.compile sees every operation"
     if watchers.is_traced():

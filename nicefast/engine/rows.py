@@ -47,7 +47,8 @@ class RowEngine:
     """Couplings, scaling and prior of a flow, a block of rows at a time.
 
     Rows x and z are (N, D), float32 on the stack's device, and so is log_scale (D,); the context is
-    (N, K). Methods record no gradients; their caller switches autocast off.
+    (N, K). The caller switches autograd and autocast off
+    (:func:`nicefast.runtime.threads.without_autograd`).
 
     Args:
         stack: the couplings.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
-from ..layers import MLP, AdditiveCoupling, is_watched, plain_layers
+from ..layers import MLP, AdditiveCoupling, plain_layers, runs_more_than_forward
 from ..partition import Features, Partition
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # (weight, bias) of each linear layer of a conditioner
@@ -23,7 +23,8 @@ Layers = Sequence[tuple[Tensor, Tensor]]  # (weight, bias) of each linear layer 
 
 @dataclass(frozen=True, eq=False)
 class CouplingStack:
-    """Additive couplings with MLP conditioners that alternate between the halves of one partition.
+    """Additive couplings with MLP conditioners; each conditions on one half of the same partition
+    and shifts the other.
 
     Attributes:
         couplings: the linear layers of each conditioner.
@@ -78,7 +79,8 @@ class CouplingStack:
 
     @cached_property
     def residual_bytes(self) -> int:
-        """Bytes that the gradient of one row needs."""
+        """Bytes of one row's residuals: of the operands of all products, twice where gradients of
+        activations need their inputs."""
         each = 2 if ACTIVATIONS[self.activation].from_input else 1
         numbers = each * sum(w.shape[1] for layers in self.couplings for w, _ in layers)
         return numbers * self.dtype.itemsize
@@ -125,7 +127,7 @@ class CouplingStack:
 def read(
     couplings: Iterable[nn.Module], device: torch.device, dtype: torch.dtype
 ) -> CouplingStack | str:
-    """The couplings as plain tensors on ``device``, or why those do not define the flow.
+    """The couplings as plain tensors on ``device``, or the reason why tensors do not describe them.
 
     ``dtype`` is that of the operands of products.
 
@@ -150,7 +152,7 @@ def read(
     known = cast("list[AdditiveCoupling]", modules)
     conditioning, partition, first = [], known[0].partition, _mlp(known[0])
     activation, context = first.activation, first.context
-    halves = partition.locate(device, True), partition.locate(device, False)
+    halves = partition.locate(device, conditioning=True), partition.locate(device)
     for i, (coupling, layers) in enumerate(zip(known, found, strict=True)):
         side, mlp = _side(coupling.partition, partition), _mlp(coupling)
         if side is None:
@@ -168,7 +170,7 @@ def _layers(coupling: nn.Module | None) -> Layers | str:
     """The linear layers of a coupling, or why it cannot be computed from them alone."""
     if type(coupling) is not AdditiveCoupling:
         return f"a {type(coupling).__name__}, whose inside is not known"
-    if is_watched(coupling):
+    if runs_more_than_forward(coupling):
         return "hooks, or a forward of its own"
     mlp = coupling._modules.get("conditioner")
     layers = plain_layers(mlp)
@@ -196,7 +198,8 @@ def _side(partition: Partition, first: Partition) -> int | None:
 
 
 def _why_not(layers: Layers, device: torch.device, inputs: int, outputs: int) -> str | None:
-    """Why these are no dense float32 layers from so many inputs to so many outputs, if so."""
+    """The reason why these are not dense float32 layers on ``device`` with so many inputs and
+    outputs; None if they are."""
     float32, strided, width = torch.float32, torch.strided, inputs
     for weight, bias in layers:
         if not (weight.layout is strided is bias.layout):

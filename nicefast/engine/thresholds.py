@@ -1,4 +1,4 @@
-"""Every threshold of the engine, and the measurement that it rests on.
+"""The thresholds of the row engine, and the measurements that they rest on.
 
 ``python -m bench ablation`` measures the alternatives again on the machine at hand.
 """

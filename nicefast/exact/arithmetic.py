@@ -38,7 +38,7 @@ class Operand(NamedTuple):
     """
 
     weight: Tensor  # (K, O), float64
-    columns: Tensor  # (K,), powers of two
+    columns: Tensor  # (K,), powers of two; 0 for a feature without weights
     bits: int
 
     @classmethod
@@ -159,8 +159,8 @@ def mlp(
     """A multi-layer perceptron of rows ``h`` (N, C): (N, S), the same bits in any batch.
 
     Gradients are those of ordinary arithmetic; their products follow autocast. Weights become
-    integers anew in each call: they can't be out of date. ``drop`` is done to each hidden layer,
-    and then the bits are its own.
+    integers anew in each call: they can't be out of date. ``drop`` is applied to each hidden layer;
+    the result is then random.
 
     >>> w, b = torch.ones(1, 2), torch.zeros(1)
     >>> mlp([(w, b)], "relu", torch.tensor([[1.0, 2.0]]))

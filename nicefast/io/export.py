@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..checks import check_choice, check_path
 from ..flow import NICE
-from ..layers import AdditiveCoupling, is_plain_scaling, is_watched
+from ..layers import AdditiveCoupling, is_plain_scaling, runs_more_than_forward
 from .files import written
 
 METHODS = ("log_prob", "sample")
@@ -177,7 +177,7 @@ def _program(
             "take model.with_grid(None)"
         )
     for i, coupling in enumerate(model.couplings):
-        if type(coupling) is not AdditiveCoupling or is_watched(coupling):
+        if type(coupling) is not AdditiveCoupling or runs_more_than_forward(coupling):
             raise ValueError(
                 f"model must have plain couplings, but coupling {i} is of another class "
                 f"({type(coupling).__name__}), or has hooks or a forward of its own"

@@ -77,17 +77,16 @@ def warm_capture(
     """:func:`capture` after calls that compile kernels and allocate workspaces; one thread at a
     time, since all captures of a device are on one stream."""
     with _capturing:
-        with beside(device):
+        with on_capture_stream(device):
             for _ in range(WARM_UP):
                 call()
         return capture(call, device)
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """On the stream that captures: after all that was asked for, before all that will be.
-
-    What is called here, before it is captured, leaves kernels compiled and workspaces allocated.
+def on_capture_stream(device: torch.device) -> Iterator[None]:
+    """Run the block on the device's capture stream. That stream first waits for the current one,
+    which afterwards waits for it. Calls before a capture compile kernels and allocate workspaces.
     """
     stream = _stream(device)
     with torch.cuda.device(device):
@@ -98,7 +97,7 @@ def beside(device: torch.device) -> Iterator[None]:
 
 
 def capture(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
-    """What computes ``call()`` again, and its result, which every replay writes over."""
+    """A function that replays ``call()``, and the result, which every replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
         result = call()

@@ -51,8 +51,8 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 @cache
 def is_amd() -> bool:
-    """Whether the processor has the instructions that AMD's alone have: Intel's MKL multiplies
-    matrices there with less skill. Not every PyTorch knows; then it is taken for another's.
+    """Whether this is a processor of AMD's, told by SSE4a, on which Intel's MKL is slower. False
+    where PyTorch cannot list the processor's instructions.
 
     >>> is_amd() in (True, False)
     True

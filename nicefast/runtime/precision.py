@@ -2,7 +2,7 @@
 
 ``torch.set_float32_matmul_precision`` speaks of all devices; ``torch.backends.cuda.matmul`` and
 ``torch.backends.mkldnn.matmul`` each have their own ``fp32_precision``, and where those have been
-set one by one, PyTorch refuses to name the former.
+set one by one, ``torch.get_float32_matmul_precision`` raises an error.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def at_precision(name: str, device: torch.device) -> Iterator[None]:
     """
     if name not in MATMUL:
         raise ValueError(f"precision must be one of {', '.join(MATMUL)}, got {name!r}")
-    # what autocast has cast it would keep to the block's end: the weights of the first step
+    # without a cache: autocast would use the weights of the first step until the block ends
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
     )

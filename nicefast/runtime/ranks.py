@@ -64,7 +64,7 @@ def own_device(name: str | torch.device) -> torch.device:
                 f"device 'cuda' has {count} GPUs here, and this is process {local}, from 0: "
                 f"torchrun's --nproc-per-node must be at most {count}"
             )
-        if int(local) < count:  # otherwise this is the only one that the process is to see
+        if int(local) < count:  # otherwise every process sees one GPU, its own
             torch.cuda.set_device(int(local))
     return usable_device(name)
 

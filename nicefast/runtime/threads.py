@@ -1,4 +1,4 @@
-"""What computations on the CPU need of the process that they run in.
+"""What a call needs of the process that it runs in: autograd and autocast off, and the allocator.
 
 Threads are PyTorch's own: each of its operations shares its work out among them.
 """
@@ -12,16 +12,16 @@ from functools import cache
 import torch
 
 
-def undisturbed(device: torch.device) -> AbstractContextManager[None]:
+def without_autograd(device: torch.device) -> AbstractContextManager[None]:
     """A block without gradients and without autocast on the device."""
     settle_allocator()
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
-        return _undisturbed(device.type)
+        return _without_autograd(device.type)
     return nullcontext()  # the difference shows in small batches
 
 
 @contextmanager
-def _undisturbed(device: str) -> Iterator[None]:
+def _without_autograd(device: str) -> Iterator[None]:
     with torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 

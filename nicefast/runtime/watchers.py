@@ -1,7 +1,8 @@
-"""Who looks at what a call does: autograd, torch.func, dual numbers, a mode, a trace, a compiler.
+"""What is in force around a call: autograd, torch.func, dual numbers, dispatch modes, tracers,
+compilers.
 
-A faster way has to do what they would have seen, or make room for one that does. Most of PyTorch's
-answers are private: they are asked for here alone.
+A fast way has to give what these would see, or leave the call to a way that does. Most of PyTorch's
+answers are private functions, which only this module calls.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def records(*tensors: Tensor | None) -> bool:
 
 
 def is_compiled() -> bool:
-    """Whether torch.compile reads this; it understands no more than this of what is below."""
+    """Whether torch.compile reads this code. It can read no other function of this module."""
     return torch.compiler.is_compiling()
 
 
@@ -81,5 +82,6 @@ def is_batched(t: Tensor) -> bool:
 
 
 def keeps_graph() -> bool:
-    """Within a gradient: whether there may be another of the same value."""
+    """Whether the running backward pass was asked to keep its graph; True where PyTorch cannot
+    say."""
     return _keeps_graph is None or _keeps_graph()

@@ -76,7 +76,7 @@ class Step:
             return
         if self._graph is None and self._warm < WARM_UP:
             self._warm += 1
-            with captures.beside(self.device):
+            with captures.on_capture_stream(self.device):
                 self._take(x, rows)
             return
         if self._graph is None:

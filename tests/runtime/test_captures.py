@@ -22,7 +22,7 @@ def cuda(monkeypatch):
 def test_each_device_captures_on_one_stream_of_its_own(cuda):
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     for device in (first, second, first):
-        with captures.beside(device):
+        with captures.on_capture_stream(device):
             warm = cuda.stream.call_args.args[0]
         replay, result = captures.capture(lambda: 7, device)
         assert result == 7
@@ -37,7 +37,7 @@ def test_each_device_captures_on_one_stream_of_its_own(cuda):
 @pytest.mark.gpu
 def test_a_replay_computes_again():
     x = torch.zeros(3, device="cuda")
-    with captures.beside(x.device):
+    with captures.on_capture_stream(x.device):
         x + 1
     replay, y = captures.capture(lambda: x + 1, x.device)
     x.fill_(2)
