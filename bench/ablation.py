@@ -120,7 +120,8 @@ def _owners(name: str) -> Iterator[Any]:
 
 def _relu_fused(h: Tensor, weight: Tensor, bias: Tensor, activation: Any = None) -> Tensor:
     """The library's ``linear``, with oneDNN's relu where oneDNN computes: NaN becomes 0 there."""
-    if activation is None or not linear._takes(h, weight.shape[0]):
+    work = 2 * h.numel() * weight.shape[0]
+    if activation is None or work < vars(linear)["_forward_flops"]:
         return _shipped_linear(h, weight, bias, activation)
     return linear._pointwise(h, weight, bias.contiguous(), "relu", [], "")
 
@@ -278,19 +279,13 @@ def variants() -> dict[str, Variant]:
         SHIPPED: Variant("the row engine as it is shipped"),
         "frozen": Variant("a frozen flow", Frozen, directions=INFERENCE),
     }
-    if vars(linear)["_has_onednn"]:
+    never = math.inf
+    if vars(linear)["_gradient_flops"] < never:
         found |= {
-            "no oneDNN": Variant("MKL computes every product", context=_with(_has_onednn=False)),
             "oneDNN forward only": Variant(
                 "MKL computes the backward pass's products",
-                context=_with(product=torch.mm),
+                context=_with(_gradient_flops=never),
                 directions=gradient,
-            ),
-            "oneDNN from 1 MFLOP": Variant(
-                "oneDNN takes smaller products", context=_with(ONEDNN_FLOPS=MIB), rows=large
-            ),
-            "oneDNN from 16 MFLOP": Variant(
-                "oneDNN leaves more to MKL", context=_with(ONEDNN_FLOPS=16 * MIB), rows=large
             ),
             "relu in oneDNN": Variant(
                 "oneDNN applies relu, too: NaN becomes 0",
@@ -305,8 +300,33 @@ def variants() -> dict[str, Variant]:
             ),
         }
     elif vars(linear)["_pointwise"] is not None:
+        found["oneDNN backward"] = Variant(
+            "oneDNN takes the backward pass's large products, too",
+            context=_with(_gradient_flops=linear.ONEDNN_FLOPS),
+            directions=gradient,
+        )
+    if vars(linear)["_forward_flops"] < never:
+        found["no oneDNN"] = Variant(
+            "MKL computes every product", context=_with(_forward_flops=never, _gradient_flops=never)
+        )
+        for size in (1, 4, 16, 64):
+            found[f"oneDNN from {size} MFLOP"] = Variant(
+                "oneDNN takes forward products of so many operations",
+                context=_with(_forward_flops=size * MIB),
+                rows=large,
+            )
+    elif vars(linear)["_pointwise"] is not None:
         found["oneDNN"] = Variant(
-            "oneDNN takes large products, as on AMD's processors", context=_with(_has_onednn=True)
+            "oneDNN takes large products, as on AMD's processors",
+            context=_with(_forward_flops=linear.ONEDNN_FLOPS, _gradient_flops=linear.ONEDNN_FLOPS),
+        )
+    if vars(linear)["_few_rows"]:
+        found["rows as rows"] = Variant(
+            "h W^T for few rows, too", context=_with(_few_rows=0), rows=(0, 64)
+        )
+    else:
+        found["few rows"] = Variant(
+            "W h^T for few rows", context=_with(_few_rows=linear.FEW_ROWS), rows=(0, 64)
         )
     found["one block"] = Variant(
         "all rows in one block", context=_with(BLOCK_BYTES=_bytes(1 << 50)), rows=large

@@ -1,6 +1,7 @@
 """Every way through a flow, one after the other, and what is asked of each: see :class:`Way`."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ class Way:
 
     rows        the row engine in one block
     onednn      the same, every product by oneDNN
+    few         the same, every product of the forward pass as W h^T
     blocks      the same in blocks of few rows
     recompute   the same in blocks of few rows, whose backward pass recomputes residuals
     kernel      the kernel engine (without a GPU: in Triton's interpreter)
@@ -27,7 +29,7 @@ class Way:
     frozen      a frozen flow, which records no gradients
     """
 
-    NAMES = ("rows", "onednn", "blocks", "recompute", "kernel", "gemm", "layers", "frozen")
+    NAMES = ("rows", "onednn", "few", "blocks", "recompute", "kernel", "gemm", "layers", "frozen")
 
     def __init__(self, name, monkeypatch):
         self.name, self.backend = name, "triton" if name == "kernel" else "auto"
@@ -37,8 +39,14 @@ class Way:
         if name in ("blocks", "recompute"):
             monkeypatch.setattr(rows, "BLOCK_BYTES", dict.fromkeys(("cpu", "cuda"), 1 << 9))
         if name == "onednn":
-            monkeypatch.setattr(products, "ONEDNN_FLOPS", 1)
-            monkeypatch.setattr(products, "_has_onednn", products._pointwise is not None)
+            if products._pointwise is None:
+                pytest.skip("this PyTorch has no oneDNN")
+            monkeypatch.setattr(products, "_forward_flops", 1)
+            monkeypatch.setattr(products, "_gradient_flops", 1)
+        if name == "few":
+            monkeypatch.setattr(products, "_forward_flops", math.inf)
+            monkeypatch.setattr(products, "_few_rows", 1000)
+            monkeypatch.setattr(products, "FEW_ROWS_FLOPS", 0)
         if name not in ("kernel", "frozen"):
             monkeypatch.setattr(nicefast.flow, "plan_call", self._plan)
 
@@ -62,7 +70,9 @@ class Way:
         if self.name == "frozen":
             return model.frozen()
         x = torch.empty(1, model.features, device=model.scaling.log_scale.device)
-        name = {"onednn": "rows", "blocks": "rows", "recompute": "rows"}.get(self.name, self.name)
+        name = {"onednn": "rows", "few": "rows", "blocks": "rows", "recompute": "rows"}.get(
+            self.name, self.name
+        )
         c = torch.empty(1, model.context, device=x.device) if model.context else None
         assert model.plan(x, c).name == name
         return model

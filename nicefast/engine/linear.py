@@ -1,14 +1,14 @@
 """Matrix products: the only place that knows which library multiplies.
 
-On the CPU, PyTorch's float32 products are MKL's. On AMD's processors MKL leaves AVX-512 unused and
-computes at less than half of the rate that oneDNN reaches there, so oneDNN takes the products that
-are large enough for its calls to pay. Elsewhere, and for every other dtype, PyTorch chooses; so it
-does on AMD's processors without AVX-512, where both are equally fast forwards and MKL is twice as
-fast at weight gradients.
+On the CPU, PyTorch's float32 products are MKL's. On AMD's processors MKL does not use AVX-512, and
+oneDNN is faster at large products: at all of them with AVX-512, at those of the forward pass
+without. There MKL is also faster at ``W h^T`` than at ``h W^T`` where h has few rows. Elsewhere,
+and for every other dtype, PyTorch chooses. :mod:`.thresholds` has the figures.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +17,15 @@ from torch import Tensor
 
 from ..runtime.devices import is_amd
 from ..runtime.watchers import has_modes
-from .thresholds import ONEDNN_FLOPS
+from .thresholds import FEW_ROWS, FEW_ROWS_FLOPS, ONEDNN_FLOPS, ONEDNN_FLOPS_AVX2
 
 InPlace = Callable[[Tensor], Tensor]
 _pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # not in every build
-_has_onednn = _pointwise is not None and is_amd() and torch.cpu._is_avx512_supported()
+_avx512 = torch.cpu._is_avx512_supported()
+_never = _pointwise is None or not is_amd()
+_forward_flops = math.inf if _never else ONEDNN_FLOPS if _avx512 else ONEDNN_FLOPS_AVX2
+_gradient_flops = math.inf if _never or not _avx512 else ONEDNN_FLOPS
+_few_rows = 0 if not is_amd() or _avx512 else FEW_ROWS
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor, activation: InPlace | None = None) -> Tensor:
@@ -30,8 +34,11 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor, activation: InPlace | None =
     The activation works in place, after the product: oneDNN's fused relu makes 0 of NaN, and within
     the cache a pass over a block costs next to nothing (0 to 3 % of the whole, measured on Zen 5).
     """
-    if _has_onednn and _takes(h, weight.shape[0]):
+    rows, work = h.shape[0], 2 * h.numel() * weight.shape[0]
+    if work >= _forward_flops and _is_plain(h):
         y = _onednn(h, weight, bias)
+    elif rows <= _few_rows and work >= FEW_ROWS_FLOPS and _is_plain(h):
+        y = torch.addmm(bias[:, None], weight, h.t()).t()
     else:
         y = torch.nn.functional.linear(h, weight, bias)
     return y if activation is None else activation(y)
@@ -40,20 +47,19 @@ def linear(h: Tensor, weight: Tensor, bias: Tensor, activation: InPlace | None =
 def prepared_linear(
     h: Tensor, weight: Tensor, bias: Tensor, activation: InPlace | None = None
 ) -> Tensor:
-    """:func:`linear` of a weight (in, out), which is the shortest way through PyTorch: a frozen
-    flow on the CPU has its weights so."""
-    if _has_onednn and _takes(h, weight.shape[1]):
-        y = _onednn(h, weight.t(), bias)
-    elif activation is torch.relu_ and not has_modes():  # counters of operations do not know it
+    """:func:`linear` of a weight (in, out), which is the shortest way through PyTorch for small
+    products: a frozen flow on the CPU has its weights so."""
+    if 2 * h.numel() * weight.shape[1] >= FEW_ROWS_FLOPS:
+        return linear(h, weight.t(), bias, activation)
+    if activation is torch.relu_ and not has_modes():  # counters of operations do not know it
         return torch._addmm_activation(bias, h, weight)
-    else:
-        y = torch.addmm(bias, h, weight)
+    y = torch.addmm(bias, h, weight)
     return y if activation is None else activation(y)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of a (M, K) and b (K, N), as a new tensor (M, N)."""
-    if _has_onednn and _takes(a, b.shape[1]):
+    """``a b`` of a (M, K) and b (K, N), of the backward pass, as a new tensor (M, N)."""
+    if 2 * a.numel() * b.shape[1] >= _gradient_flops and _is_plain(a):
         return _onednn(a, b.t(), None)
     return torch.mm(a, b)
 
@@ -70,9 +76,9 @@ def weight_gradient(d: Tensor, h: Tensor) -> Tensor:
 
 
 def input_major(weight: Tensor) -> Tensor:
-    """The weight (out, in) with its outputs next to each other in memory: oneDNN wants it so, and
-    would otherwise copy it in each product."""
-    if not (_has_onednn and weight.is_cpu and weight.dtype == torch.float32):
+    """The weight (out, in) with its outputs next to each other in memory: with AVX-512 oneDNN wants
+    it so, and would otherwise copy it in each product."""
+    if _forward_flops == math.inf or not (_avx512 and _is_plain(weight)):
         return weight
     return weight.t().contiguous().t()
 
@@ -96,7 +102,5 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() and 0 not in matrix.stride() else matrix.contiguous()
 
 
-def _takes(a: Tensor, columns: int) -> bool:
-    """Whether oneDNN, where it is used, computes the product of ``a`` (M, K) with a matrix of so
-    many columns."""
-    return 2 * a.numel() * columns >= ONEDNN_FLOPS and a.is_cpu and a.dtype == torch.float32
+def _is_plain(a: Tensor) -> bool:
+    return a.is_cpu and a.dtype == torch.float32

@@ -2,8 +2,10 @@
 that no change reaches (test_changes.py)."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -170,3 +172,27 @@ def test_nothing_is_read_cast_or_packed_in_a_call(device, monkeypatch):
         monkeypatch.setattr("nicefast.flow.plan_call", fail)
         for flow, e in zip(flows, expected, strict=True):
             assert torch.equal(flow.log_prob(x), e)
+
+
+def test_a_counter_of_operations_counts_a_frozen_flows_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = make(6), torch.randn(50, 6)
+    counts = []
+    for flow in (model, model.frozen()):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            flow.log_prob(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 50 * model.plan(x).engine.stack.flops
+
+
+def test_it_ends_with_its_last_reference():
+    """Its weights do not wait for the garbage collector: they may be a GPU's."""
+    frozen = make(6).frozen()
+    weight = weakref.ref(frozen._flow.couplings[0])
+    gc.disable()
+    try:
+        del frozen
+        assert weight() is None
+    finally:
+        gc.enable()
