@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from ..ops import check_log_scale
 from .linear import input_major, linear, prepared_linear
 from .stack import CouplingStack, Layers
 from .thresholds import BLOCK_BYTES, RECOMPUTED_BYTES, RESIDUAL_BYTES
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 class Residuals(NamedTuple):
@@ -77,13 +79,11 @@ class RowEngine:
     ) -> Tensor:
         """log_prob (N,) of rows x, in nats; what its gradient needs is appended to ``save``, one
         entry for each block."""
-        scale, rest = self.density
-        out, blocks = [], self._cut(len(x), save)
-        for rows in blocks:
-            kept, own, c = _entry(save), x, context
-            if len(blocks) > 1:
-                own, c = x[rows], _part(context, rows)
-            z = torch.cat(self._couple(own, c, False, kept), 1).mul_(scale)
+        (scale, rest), out = self.density, []
+        for rows in self._cut(len(x), save):
+            kept = _entry(save)
+            halves = self._couple(_part(x, rows), _part(context, rows), False, kept)
+            z = torch.cat(halves, 1).mul_(scale)
             if kept is not None:
                 kept.z.append(z)
             out.append(sum_log_prior(z, self.prior).add_(rest))
@@ -99,8 +99,8 @@ class RowEngine:
         """Rows x through the couplings alone, or back through them: a new tensor (N, D)."""
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for rows in self._cut(len(x), save):
-            halves = self._couple(x[rows], _part(context, rows), inverse, _entry(save))
-            self.stack.join(halves, y[rows])
+            own, c = _part(x, rows), _part(context, rows)
+            self.stack.join(self._couple(own, c, inverse, _entry(save)), _part(y, rows))
         return y
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -243,5 +243,6 @@ def _entry(save: list[Residuals] | None) -> Residuals | None:
     return save[-1]
 
 
-def _part(context: Tensor | None, rows: slice) -> Tensor | None:
-    return None if context is None else context[rows]
+def _part(t: T, rows: slice) -> T:
+    """These rows of a tensor; the tensor itself where it has no others."""
+    return t if t is None or rows == slice(0, t.shape[0]) else t[rows]

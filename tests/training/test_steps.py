@@ -27,7 +27,7 @@ def capturing(monkeypatch):
         return (lambda: self._take(given, rows)), given
 
     monkeypatch.setattr(Step, "_capture", capture)
-    monkeypatch.setattr(steps.captures, "beside", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(steps.captures, "on_capture_stream", lambda _: contextlib.nullcontext())
     return captures
 
 
