@@ -38,9 +38,9 @@ from .launches import TARGETS, Recorder, specialise, tensor
 
 # what a matrix instruction is called in the assembly; any of them will do
 PRODUCTS = {
-    "sm_80": ("mma.sync",),
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), ("mma.sync",)),
     "sm_90": ("wgmma.mma_async",),
-    "sm_100": ("tcgen05.mma", "mma.sync"),
+    **dict.fromkeys(("sm_100", "sm_103"), ("tcgen05.mma", "mma.sync")),
     "gfx942": ("v_mfma",),
 }
 DOTS = {"bf16": 1, "tf32": 1, "tf32x3": 3, "ieee": 1}  # for one product

@@ -19,9 +19,7 @@ from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling, s
 from nicefast.partition import Partition
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+    **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 103, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {

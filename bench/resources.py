@@ -43,7 +43,12 @@ from .launches import TARGETS, jit_function
 KERNELS = elementwise.KERNELS + flow_cases.KERNELS
 KIB = 1024
 TENSOR_MEMORY_LIMIT = 512
-SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+SHARED_LIMIT = {
+    "sm_80": 163 * KIB,
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 * KIB),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * KIB),
+    "gfx942": 64 * KIB,
+}
 SASS_EVERY = 16  # disassembling takes longer than compiling: every 16th case, and what spills
 
 

@@ -21,7 +21,7 @@ import triton
 from .coupling import couple, couple_, select
 from .dequantise import dequantise_fwd
 from .flow import flow_fwd, flow_inv, flow_sample
-from .flow_tile import FlowShape, FlowTile, flow_tile
+from .flow_tile import FlowShape, FlowTile, flow_tile, tiles_of
 from .launch import why_no_launch
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
 from .packing import lay_out, pack
@@ -52,5 +52,6 @@ __all__ = [
     "scale_log_prob_bwd",
     "scale_log_prob_fwd",
     "select",
+    "tiles_of",
     "why_no_launch",
 ]

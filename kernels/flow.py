@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .flow_rows import couplings, load_rows, rows_again, with_context
 from .flow_tile import PARTS, FlowShape, FlowTile
-from .launch import FUSED, dense, is_dense, on_device
+from .launch import FUSED, dense, is_dense, launch, on_device
 from .packing import Tensors
 from .prior import prior_log_prob
 from .sampling import noise
@@ -194,11 +194,15 @@ def flow_fwd(
     if n == 0 or not (want_z or want_log_prob):
         return z, log_prob
     with on_device(x):
-        flow_fwd_kernel[(ceil_div(n, tile.rows),)](
-            x, context, *packed, dense(log_scale), z, log_prob, n, *_depth(shape),
-            *x.stride(), *_strides(context),
-            X_DENSE=is_dense(x), WITH_Z=want_z, WITH_LOG_PROB=want_log_prob,
-            PRIOR=shape.prior, **_constants(context, shape, tile),
+        strides = (*x.stride(), *_strides(context))
+        launch(
+            flow_fwd_kernel, ceil_div(n, tile.rows),
+            (x, context, *packed, dense(log_scale), z, log_prob, n, *_depth(shape), *strides),
+            (shape, tile, strides, want_z, want_log_prob),
+            lambda: {
+                "X_DENSE": is_dense(x), "WITH_Z": want_z, "WITH_LOG_PROB": want_log_prob,
+                "PRIOR": shape.prior, **_constants(context, shape, tile),
+            },
         )  # fmt: skip
     return z, log_prob
 
@@ -218,9 +222,12 @@ def flow_inv(
     if n == 0:
         return x
     with on_device(z):
-        flow_inv_kernel[(ceil_div(n, tile.rows),)](
-            z, context, *packed, dense(log_scale), x, n, *_depth(shape), *z.stride(),
-            *_strides(context), X_DENSE=is_dense(z), **_constants(context, shape, tile),
+        strides = (*z.stride(), *_strides(context))
+        launch(
+            flow_inv_kernel, ceil_div(n, tile.rows),
+            (z, context, *packed, dense(log_scale), x, n, *_depth(shape), *strides),
+            (shape, tile, strides),
+            lambda: {"X_DENSE": is_dense(z), **_constants(context, shape, tile)},
         )  # fmt: skip
     return x
 

@@ -46,6 +46,12 @@ ROWS = {
         "fp32": {32: (64, 64, 64, 0), 64: (64, 64, 32, 32), 128: (64, 64, 64, 0)},
     },
 }  # fmt: skip
+# sm_80's tiles where a program has 99 KB of shared memory: TF32 needs half the rows
+_NARROW = {128: (64, 64, 64, 64)}
+ROWS |= dict.fromkeys(
+    ("sm_86", "sm_89", "sm_120"), ROWS["sm_80"] | {"tf32": ROWS["sm_80"]["tf32"] | _NARROW}
+)
+ROWS["sm_103"] = ROWS["sm_100"]
 ARCHS = tuple(ROWS)
 
 
@@ -75,6 +81,18 @@ class FlowTile(NamedTuple):
     hidden: int
     products: str
     registers: int | None
+
+
+def tiles_of(arch: str) -> str:
+    """The architecture whose tiles ``arch`` takes: its own, or the nearest older one's of NVIDIA's.
+
+    >>> tiles_of("sm_90"), tiles_of("sm_121"), tiles_of("sm_75"), tiles_of("gfx1100")
+    ('sm_90', 'sm_120', 'sm_75', 'gfx1100')
+    """
+    if arch in ARCHS or not arch.startswith("sm_"):
+        return arch
+    older = (int(known[3:]) for known in ARCHS if known.startswith("sm_"))
+    return f"sm_{max((n for n in older if n < int(arch[3:])), default=arch[3:])}"
 
 
 def flow_tile(shape: FlowShape, precision: str, arch: str) -> FlowTile | str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .flow_tile import PARTS, FlowShape, FlowTile
-from .launch import FUSED, on_device
+from .launch import FUSED, launch, on_device
 from .product import to_tf32
 from .tile import ceil_div
 
@@ -123,7 +123,7 @@ def pack(layout: Layout, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor, T
     ``parameters``: weight [out, in] and bias [out] of each layer of each coupling, as in
     ``nn.Linear``, float32, the context's columns of each coupling's first weight last.
     """
-    flat = torch.cat([layout.none, *(p.detach().flatten() for p in parameters)])
+    flat = torch._C._nn.flatten_dense_tensors([layout.none, *parameters])
     parts, (outer, inner, last, biases) = PARTS[layout.products], layout.shapes
     sizes = [parts * prod(shape) for shape in (outer, inner, last)]
     dtype = torch.bfloat16 if layout.products == "bf16" else torch.float32
@@ -131,14 +131,19 @@ def pack(layout: Layout, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor, T
     bias = torch.empty(biases, dtype=torch.float32, device=flat.device)
     n, (inputs, middle, _) = len(layout.source), sizes
     with on_device(flat):
-        pack_kernel[(ceil_div(n, BLOCK),)](
-            flat, layout.source, w, bias, inputs // parts, (inputs + middle) // parts,
-            sum(sizes) // parts, n, OUTER=prod(outer[1:]), INNER=max(1, prod(inner[1:])),
-            PRODUCTS=layout.products, PARTS=parts, BLOCK=BLOCK, **FUSED,
+        launch(
+            pack_kernel, ceil_div(n, BLOCK),
+            (flat, layout.source, w, bias, inputs // parts, (inputs + middle) // parts,
+             sum(sizes) // parts, n),
+            (layout.products, layout.shapes),
+            lambda: {
+                "OUTER": prod(outer[1:]), "INNER": max(1, prod(inner[1:])),
+                "PRODUCTS": layout.products, "PARTS": parts, "BLOCK": BLOCK, **FUSED,
+            },
         )  # fmt: skip
     w_in, w_mid, w_out = (
         own.view(shape[0], parts, *shape[1:])
-        for own, shape in zip(w.split(sizes), (outer, inner, last), strict=True)
+        for own, shape in zip(torch.split_with_sizes(w, sizes), layout.shapes[:3], strict=True)
     )
     return w_in, w_mid, w_out, bias, layout.sides
 

@@ -120,7 +120,8 @@ def test_cases_cover_every_tile_dtype_and_architecture(monkeypatch):
     from nicefast.kernels.tile import tile
 
     tiles = set()
-    for warp_size, archs in {32: ("sm_80", "sm_90", "sm_100"), 64: ("gfx942",)}.items():
+    for warp_size in (32, 64):
+        archs = [arch for arch, target in TARGETS.items() if target.warp_size == warp_size]
         monkeypatch.setattr("nicefast.kernels.tile.WARP_SIZE", warp_size)
         tiles |= {
             (arch, dtype, tile(width, itemsize))
@@ -203,6 +204,15 @@ def test_the_check_can_fail():
     ):
         (problem,) = problems(case, dataclasses.replace(good, **doctored))
         assert said in problem
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
+def test_small_chips_have_99_kilobytes_of_shared_memory(arch):
+    case = next(c for c in CASES.values() if c.arch == arch)
+    good = Resources(loads=999, stores=999, wide_loads=999, wide_stores=999, shared=99 * 1024)
+    assert not problems(case, good)
+    (problem,) = problems(case, dataclasses.replace(good, shared=99 * 1024 + 1))
+    assert problem == f"shared memory: {99 * 1024 + 1} B of {99 * 1024} B"
 
 
 def test_matrix_instructions_do_the_products(compiled):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..runtime import backend
 from ..runtime.captures import is_capturing
+from ..runtime.threads import without_autograd
 from .rows import Residuals, RowEngine
 from .stack import CouplingStack
 
@@ -71,6 +72,31 @@ class KernelEngine(RowEngine):
         log_scale, run = self.checked_log_scale(), backend.kernels().flow_sample
         return run(n, row_offset, seed, context, self.packed, log_scale, self.shape, self.tile)
 
+    def trial(self) -> str | None:
+        """The reason why this tile's kernels cannot be compiled and run on this device; None where
+        they have been, on one row, in the first call that asks."""
+        key = self.shape, self.tile, self.stack.device
+        if key not in _trials:
+            _trials[key] = self._trial()
+        return _trials[key]
+
+    def _trial(self) -> str | None:
+        device = self.stack.device
+        x = torch.zeros(1, self.stack.features, device=device)
+        c = torch.zeros(1, self.stack.context, device=device) if self.stack.context else None
+        try:
+            with without_autograd(device):
+                self.couple(x, c)
+                self.couple(x, c, inverse=True)
+            if device.type == "cuda" and not is_capturing(device):
+                torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            raise  # it says nothing of the kernel
+        except Exception as error:  # whatever a compiler may raise
+            said = (str(error).strip().splitlines() or ["without a message"])[0]
+            return f"a trial failed ({type(error).__name__}: {said})"
+        return None
+
     def describe(self, rows: int) -> str:
         tile = self.tile
         return (
@@ -94,6 +120,8 @@ class KernelEngine(RowEngine):
         return run(z, context, self.packed, log_scale, self.shape, self.tile)
 
 
+#: Results of :meth:`KernelEngine.trial`, for each shape, tile and device.
+_trials: dict[tuple[Any, ...], str | None] = {}
 #: Where each packed number comes from, for each architecture and device: tables of constants, which
 #: cannot be out of date. They stay for good, since a CUDA graph of somebody else's may read them.
 _layouts: dict[tuple[Any, ...], Any] = {}

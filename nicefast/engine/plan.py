@@ -13,6 +13,7 @@ depend on earlier calls or on the number of rows. Thresholds stand in :mod:`.thr
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -91,7 +92,15 @@ def plan(flow: Flow, x: Tensor, context: Tensor | None = None) -> Plan:
         engine = KernelEngine(
             stack, scaling.log_scale, flow.prior_name, *found, recompute=flow.recompute
         )
-        return Plan("kernel", f"{reason}, and narrow", engine)
+        arch = backend.architecture(x.device)
+        tiles = backend.kernels().tiles_of(arch)
+        if tiles == arch:
+            return Plan("kernel", f"{reason}, and narrow", engine)
+        failed = engine.trial()
+        if failed is None:
+            how = f"{arch} has no tiles of its own and takes those of {tiles}, after a trial"
+            return Plan("kernel", f"{reason}, and narrow; {how}", engine)
+        found = f"{arch} has no tiles of its own, and with those of {tiles} {failed}"
     if backend.interprets(x.device):  # kernels were asked for, and products use none
         return Plan("layers", f"no whole-flow kernel: {found}")
     reason = f"{reason}; no whole-flow kernel: {found}"
@@ -100,25 +109,29 @@ def plan(flow: Flow, x: Tensor, context: Tensor | None = None) -> Plan:
 
 def _tile(stack: CouplingStack, prior: str, device: torch.device) -> tuple[Any, Any] | str:
     """Shape and tile of the kernel for the whole flow, or why there is none."""
-    hidden = [tuple(b.shape[0] for _, b in layers[:-1]) for layers in stack.couplings]
-    for i, own in enumerate(hidden):
-        if own != hidden[0]:
-            return f"coupling {i} has other hidden layers than the first"
+    hidden = [[b.shape[0] for _, b in layers[:-1]] for layers in stack.couplings]
+    if hidden.count(hidden[0]) != len(hidden):
+        i = next(i for i, own in enumerate(hidden) if own != hidden[0])
+        return f"coupling {i} has other hidden layers than the first"
     bfloat16 = stack.dtype == torch.bfloat16
     precision = "bf16" if bfloat16 else KERNEL_PRECISION[matmul_precision(device)]
     if precision == "bf16" and backend.interprets(device):
         return "Triton's interpreter gets bfloat16 wrong"
+    widths, couplings = tuple(hidden[0]), len(stack.couplings)
+    shape = stack.features, stack.context, widths, couplings, stack.activation, prior
+    return _tile_of(shape, precision, backend.kernels().tiles_of(backend.architecture(device)))
+
+
+@functools.lru_cache(1024)
+def _tile_of(shape: tuple[Any, ...], precision: str, arch: str) -> tuple[Any, Any] | str:
+    """FlowShape and FlowTile of a whole flow, which depend on nothing else, or why there are none.
+
+    ``shape`` has what a FlowShape has, in the same order.
+    """
     kernels = backend.kernels()
-    shape = kernels.FlowShape(
-        features=stack.features,
-        context=stack.context,
-        hidden=hidden[0],
-        couplings=len(stack.couplings),
-        activation=stack.activation,
-        prior=prior,
-    )
-    tile = kernels.flow_tile(shape, precision, backend.architecture(device))
-    return tile if isinstance(tile, str) else (shape, tile)
+    found = kernels.FlowShape(*shape)
+    tile = kernels.flow_tile(found, precision, arch)
+    return tile if isinstance(tile, str) else (found, tile)
 
 
 def _why_scaling_is_apart(scaling: nn.Module, features: int) -> str | None:

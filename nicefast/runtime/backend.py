@@ -169,7 +169,7 @@ def _why_not_gpu(index: int) -> str | None:
             f"compute capability {capability[0]}.{capability[1]} is older than "
             f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, the oldest the kernels are checked for"
         )
-    reason: str | None = kernels().why_no_launch()
+    reason: str | None = kernels().why_no_launch(index)
     return reason
 
 

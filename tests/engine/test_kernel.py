@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from nicefast.engine import kernel
 from nicefast.kernels import INTERPRETED, flow
+from nicefast.runtime import backend
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 KERNELS = ("flow_fwd_kernel", "flow_inv_kernel", "flow_sample_kernel")
@@ -137,3 +138,74 @@ def test_a_scale_that_is_not_finite_is_an_error():
         for call in (*calls, lambda x: model.frozen()):
             with pytest.raises(ValueError, match="log_scale must be finite, got inf at feature 2"):
                 call(x)
+
+
+# chips without tiles of their own ---------------------------------------------------------------
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """Makes this device one of an architecture that is newer than all that is known."""
+    monkeypatch.setattr(backend, "architecture", lambda device: "sm_999")
+    monkeypatch.setattr(kernel, "_trials", {})
+    newest = backend.kernels().tiles_of("sm_999")
+    return monkeypatch, newest
+
+
+def test_a_newer_chip_takes_the_tiles_of_the_nearest_older_after_a_trial(unknown, device):
+    monkeypatch, newest = unknown
+    launches, run = [], backend.kernels().flow_fwd
+    monkeypatch.setattr(
+        backend.kernels(), "flow_fwd", lambda x, *rest: launches.append(len(x)) or run(x, *rest)
+    )
+    model, x = make(6, device=device), torch.randn(5, 6, device=device)
+    found = model.plan(x)
+    assert found.name == "kernel"
+    assert launches == [1]
+    said = f"sm_999 has no tiles of its own and takes those of {newest}, after a trial"
+    assert said in found.reason
+    assert said in model.explain().splitlines()[0]
+    assert said in model.frozen().explain().splitlines()[0]
+    assert found.engine.tile == model.plan(x).engine.tile
+    with torch.no_grad():
+        value = model.log_prob(x)
+    assert launches == [1, 5], "one trial for each shape"
+    with nf.set_backend("reference"), torch.no_grad():
+        torch.testing.assert_close(value, model.log_prob(x), atol=1e-4, rtol=1e-4)
+    assert make(6, device=device, hidden=(8,)).plan(x).name == "kernel"
+    assert launches == [1, 5, 1]
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_chip_whose_trial_fails_takes_another_way_and_says_why(unknown, device, inverse):
+    monkeypatch, newest = unknown
+    tried = []
+
+    def fail(*_):
+        tried.append(1)
+        raise RuntimeError("PTXAS error: unknown target\nand a page of assembly")
+
+    monkeypatch.setattr(backend.kernels(), "flow_inv" if inverse else "flow_fwd", fail)
+    model, x = make(6, device=device), torch.randn(5, 6, device=device)
+    found = model.plan(x)
+    assert found.name == ("layers" if INTERPRETED else "gemm")
+    assert found.reason.endswith(
+        f"sm_999 has no tiles of its own, and with those of {newest} a trial failed "
+        "(RuntimeError: PTXAS error: unknown target)"
+    )
+    assert model.log_prob(x).isfinite().all()
+    assert tried == [1]
+
+
+def test_a_trial_without_memory_is_made_again(unknown, device):
+    monkeypatch, _ = unknown
+    model, x = make(6, device=device), torch.randn(5, 6, device=device)
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(backend.kernels(), "flow_fwd", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.plan(x)
+    assert model.plan(x).name == "kernel"

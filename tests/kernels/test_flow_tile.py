@@ -68,6 +68,33 @@ def test_reasons(change, said):
 
 
 def test_unchecked_architectures_and_precisions():
-    assert "sm_120" in flow_tile(SHAPE, "bf16", "sm_120")
+    assert "sm_121" in flow_tile(SHAPE, "bf16", "sm_121")
     assert "sm_90" in flow_tile(SHAPE, "bf16", "gfx1100")
     assert "fp64" in flow_tile(SHAPE, "fp64", "sm_90")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_small_and_later_chips_take_the_tiles_of_older_ones(precision):
+    for d, h in itertools.product((8, 30, 60, 120), (20, 60, 120, 250)):
+        shape = SHAPE._replace(features=d, context=0, hidden=(h,))
+        of = {arch: flow_tile(shape, precision, arch) for arch in ARCHS}
+        assert of["sm_103"] == of["sm_100"] or "sm_103" in of["sm_103"]
+        for arch in ("sm_86", "sm_89", "sm_120"):
+            if isinstance(of["sm_80"], str):
+                assert of[arch] == of["sm_80"].replace("sm_80", arch)
+            elif (precision, h) == ("tf32", 120):  # 99 KB of shared memory
+                assert of[arch] == of["sm_80"]._replace(rows=64)
+            else:
+                assert of[arch] == of["sm_80"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "known"),
+    [
+        *((arch, arch) for arch in ARCHS),
+        ("sm_87", "sm_86"), ("sm_101", "sm_100"), ("sm_110", "sm_103"), ("sm_121", "sm_120"),
+        ("sm_200", "sm_120"), ("sm_75", "sm_75"), ("gfx1100", "gfx1100"), ("gfx90a", "gfx90a"),
+    ],
+)  # fmt: skip
+def test_whose_tiles_an_architecture_takes(arch, known):
+    assert flow_tile_module.tiles_of(arch) == known

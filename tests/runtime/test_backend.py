@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -52,9 +53,19 @@ def test_kernels_really_run(triton_backend, device, monkeypatch):
     assert called == [1]
 
 
-def test_a_gpu_without_a_c_compiler_takes_pytorch(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose kernels are not interpreted, as far as the choice of a backend asks."""
+    pytest.importorskip("triton", reason="needs Triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(module, "_interpreted", lambda: (False, None))
+    monkeypatch.setattr(module, "_why_not_gpu", module._why_not_gpu.__wrapped__)
+    return torch.device("cuda", 0)
+
+
+def test_a_gpu_without_a_c_compiler_takes_pytorch(gpu, monkeypatch):
     """Triton compiles what launches kernels at the first launch."""
-    triton = pytest.importorskip("triton", reason="needs Triton")
+    import triton
 
     class Driver:
         @property
@@ -62,14 +73,70 @@ def test_a_gpu_without_a_c_compiler_takes_pytorch(monkeypatch):
             raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(triton.runtime, "driver", Driver())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(module, "_interpreted", lambda: (False, None))
-    monkeypatch.setattr(module, "_why_not_gpu", module._why_not_gpu.__wrapped__)
-    gpu = torch.device("cuda", 0)
     with nf.set_backend("auto"):
         assert not module.uses_kernels(gpu)
     assert "Failed to find C compiler" in module.why_not_kernels(gpu)
     monkeypatch.undo()
+
+
+@pytest.fixture
+def probed(gpu, monkeypatch):
+    """That GPU, where the one kernel that is tried does as ``probe`` does."""
+    import triton
+
+    from nicefast.kernels import launch
+
+    class Probe:
+        def __getitem__(self, grid):
+            assert grid == (1,)
+            return self.run
+
+    probe, zeros = Probe(), torch.zeros
+    monkeypatch.setattr(triton.runtime, "driver", mock.Mock())
+    monkeypatch.setattr(launch, "_probe", probe)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))  # there is no such device
+    return probe
+
+
+def test_a_triton_that_cannot_compile_leaves_the_gpu_to_pytorch_in_one_line(
+    gpu, probed, monkeypatch
+):
+    def fail(y):
+        raise RuntimeError("ptxas: unknown target sm_999\n" + 40 * "and its assembly\n")
+
+    probed.run = fail
+    reason = (
+        "Triton cannot compile and launch kernels here (RuntimeError: ptxas: unknown target sm_999)"
+    )
+    with nf.set_backend("auto"):
+        assert not module.uses_kernels(gpu)
+        assert module.describe(gpu) == f"plain PyTorch on cuda:0 ({reason})"
+    monkeypatch.setattr(module, "_choice", "triton")
+    with pytest.raises(RuntimeError) as raised:
+        module.uses_kernels(gpu)
+    assert str(raised.value) == f"backend 'triton' cannot run on cuda:0: {reason}"
+
+
+def test_a_chip_that_is_too_old_says_so_in_one_line(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert module.why_not_kernels(gpu) == (
+        "compute capability 7.5 is older than 8.0, the oldest the kernels are checked for"
+    )
+
+
+def test_a_gpu_that_compiles_takes_the_kernels(gpu, probed):
+    probed.run = lambda y: None
+    with nf.set_backend("auto"):
+        assert module.uses_kernels(gpu)
+
+
+def test_a_gpu_without_memory_is_not_one_without_kernels(gpu, probed):
+    def fail(y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    probed.run = fail
+    with nf.set_backend("auto"), pytest.raises(torch.OutOfMemoryError):
+        module.uses_kernels(gpu)
 
 
 def run(code, **environment):
