@@ -67,9 +67,12 @@ def one_line_errors() -> Iterator[None]:
             warnings.simplefilter("always", HeaderWarning)
             warnings.showwarning = _warned
             yield
-    except (ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError) as error:
-        typer.echo(f"nicefast: error: {' '.join(str(error).split())}", err=True)
-        users = not isinstance(error, RuntimeError | ArithmeticError)
+    except (
+        ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError, MemoryError
+    ) as error:  # fmt: skip
+        said = " ".join(str(error).split()) or "out of memory"
+        typer.echo(f"nicefast: error: {said}", err=True)
+        users = not isinstance(error, RuntimeError | ArithmeticError | MemoryError)
         raise typer.Exit(2 if users else 1) from None
     except KeyboardInterrupt as interrupt:
         typer.echo(f"nicefast: interrupted{''.join(map(str, interrupt.args))}", err=True)

@@ -24,7 +24,10 @@ from .staging import Lane, Release, fill
 
 SLOTS = 3  # one is read into, one waits, one is computed; on a GPU one more is on its way
 RESULTS = 2  # that wait for the writer
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# the last: of CUBLAS_STATUS_ALLOC_FAILED, and of CUDA's other libraries
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed"
+)  # fmt: skip
 
 
 class Source(Protocol):

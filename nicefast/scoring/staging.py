@@ -16,14 +16,15 @@ RELEASE = 1 << 23  # bytes of a mapped file after which its pages are given back
 
 
 class Lane:
-    """To the device and back; on a GPU, by a stream of its own while another piece is computed."""
+    """To the device and back; on a GPU, each way by a stream of its own, so that neither copy waits
+    for the other, nor for the piece that is computed meanwhile."""
 
     def __init__(self, device: torch.device, rows: int, features: int, dtype: torch.dtype) -> None:
         self.device, self.shape, self.dtype = device, (rows, features), dtype
         self.overlaps = device.type == "cuda"
         self._turn = 0
         if self.overlaps:
-            self._stream = torch.cuda.Stream(device)
+            self._stream, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self._onto = [torch.empty(self.shape, dtype=dtype, device=device) for _ in range(2)]
             # their memory may be in use by what the current stream was asked before, and after
             # an error by a copy
@@ -57,11 +58,21 @@ class Lane:
         if not self.overlaps:
             values = {name: value.cpu() for name, value in batch.values.items()}
             return Batch(values, batch.good.cpu()), rows_together, None
-        values = {name: _pinned(value) for name, value in batch.values.items()}
-        good = _pinned(batch.good)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
+        self._back.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._back):
+            values = {name: self._pinned(value) for name, value in batch.values.items()}
+            good = self._pinned(batch.good)
+            done = torch.cuda.Event()
+            done.record(self._back)
         return Batch(values, good), rows_together, done
+
+    def _pinned(self, value: Tensor) -> Tensor:
+        """A copy on the host that is complete when the stream back is; made of cached memory."""
+        if value.device.type != "cuda":
+            return value
+        value.record_stream(self._back)  # its memory is not another's before it is copied
+        onto = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+        return onto.copy_(value, non_blocking=True)
 
 
 class Release:
@@ -94,11 +105,3 @@ def fill(buffer: Tensor, values: Any) -> None:
         values = values.numpy()
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is a bad row
         np.copyto(buffer.numpy(), values, casting="unsafe")
-
-
-def _pinned(value: Tensor) -> Tensor:
-    """A copy on the host that is complete when the current stream is; made of cached memory."""
-    if value.device.type != "cuda":
-        return value
-    onto = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
-    return onto.copy_(value, non_blocking=True)
