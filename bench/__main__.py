@@ -1,14 +1,15 @@
-"""The benchmark: `python -m bench [run | report | compare A B | ablation | trace | dropin | exact |
-compression | generative]`.
+"""The benchmark: `python -m bench [run | report | compare A B | ablation | trace | host | dropin |
+exact | compression | generative]`.
 
 `run` (what is done when nothing is said) times nicefast beside plain half-split PyTorch, the same
 under torch.compile, and the couplings of nflows, normflows, FrEIA and zuko: the same weights, in
 turn in one process, everybody behind a gate against float64. Each measurement is a JSON line in
 bench/results/DEVICE/, written as soon as it is made: an interrupted run keeps what it measured.
 `report` makes tables and pictures of them; `compare` two runs; `ablation` measures our own ways
-against each other, `trace` how far a call travels through our Python; `dropin` times what
-`nf.accelerate` gains, `exact` what an exact inverse costs, `compression` how many bits
-images take, `generative` sets NICE beside other models. See `python -m bench run --help`.
+against each other, `trace` how far a call travels through our Python, `host` what it spends there
+before a launch on a GPU (none is needed); `dropin` times what `nf.accelerate` gains, `exact` what
+an exact inverse costs, `compression` how many bits images take, `generative` sets NICE beside other
+models. See `python -m bench run --help`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from . import (
     compression,
     dropin,
     exactness,
+    host,
     measure,
     records,
     report,
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": compare.main,
         "ablation": ablation.main,
         "trace": trace.main,
+        "host": host.main,
         "dropin": dropin.main,
         "generative": _generative,
         "exact": exactness.main,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from .runtime import captures
 from .runtime.backend import get_backend
 from .runtime.precision import matmul_precision
 
+_one_at_a_time = threading.Lock()  # of the threads that share a graph, of which one captures it
 METHODS = ("log_prob", "forward", "inverse")
 NAMES = {  # of 0.1
     "kernel": "whole flow",
@@ -89,7 +91,8 @@ class GraphedFlow:
             found = call(rows.view(-1, *self.flow.event_shape), c)
             return (found,) if isinstance(found, Tensor) else found
 
-        with torch.inference_mode(False), torch.no_grad():  # what is kept outlives the mode
+        # what is kept outlives the mode
+        with _one_at_a_time, torch.inference_mode(False), torch.no_grad():
             key = _key(engine, rows, c)
             if self._graph is None or self._key != key:
                 self._graph = None  # its memory goes before that of the next is taken

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_count
-from ..runtime import watchers
-from ..runtime.captures import Graph, can_capture
+from ..runtime import backend, watchers
+from ..runtime.captures import Graph, can_capture, has_graphs
 from ..runtime.threads import without_autograd
+from .exact import ExactEngine
 from .explanation import explanation
 from .gemm import GemmEngine, gives_numbers
 from .kernel import KernelEngine
@@ -59,20 +61,36 @@ class FrozenFlow:
         self.dtype: torch.dtype = own.dtype
         self._flow, self._plan = own, _plan(own, batch)
         own.plan = functools.partial(_choose, self._plan)  # what all of the copy's methods ask
+        self._device = own.scaling.log_scale.device
+        log_scale: Any = getattr(self._plan.engine, "log_scale", None)  # None: modules are called
+        self._usual = (
+            log_scale is not None
+            and not isinstance(self._plan.engine, ExactEngine)
+            and not self.context
+            and len(self.event_shape) == 1
+        )
+        self._log_det: float = log_scale.sum().item() if self._usual else math.nan
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """As :meth:`nicefast.NICE.log_prob`: (...), in nats."""
-        return self._call("log_prob", x, context)
+        engine = self._engine_of(x, context)
+        return self._call("log_prob", x, context) if engine is None else engine.log_prob(x)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`nicefast.NICE.forward`: ``(z, log_det)``."""
-        return self._call("forward", x, context)
+        engine = self._engine_of(x, context)
+        if engine is None:
+            return self._call("forward", x, context)
+        return engine.forward(x), x.new_full((x.shape[0],), self._log_det)
 
     __call__ = forward
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`nicefast.NICE.inverse`: ``(x, log_det)``."""
-        return self._call("inverse", z, context)
+        engine = self._engine_of(z, context)
+        if engine is None:
+            return self._call("inverse", z, context)
+        return engine.inverse(z), z.new_full((z.shape[0],), -self._log_det)
 
     def cell_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """As :meth:`nicefast.NICE.cell_log_prob`: (...), in nats."""
@@ -105,6 +123,30 @@ class FrozenFlow:
         own.__dict__ = {k: v for k, v in vars(own).items() if k != "plan"}
         return FrozenFlow, (own, self.batch)
 
+    def _engine_of(self, x: Tensor, context: Tensor | None) -> Any:
+        """The engine for the usual rows of most calls, which need nothing else; None for all others
+        (:meth:`_call` serves them).
+
+        Such rows are (N, D), float32 and without gradient, of a flow without context; nothing but
+        autograd watches, autocast is off, and the backend is not the definition.
+        """
+        if (
+            not self._usual
+            or context is not None
+            or type(x) is not Tensor
+            or x.dtype is not torch.float32
+            or x.layout is not torch.strided
+            or x.ndim != 2
+            or x.size(1) != self.features
+            or x.requires_grad
+            or x.device != self._device
+            or torch.is_autocast_enabled(self._device.type)
+            or watchers.is_watched()
+            or backend.get_backend() == "reference"
+        ):
+            return None
+        return self._plan.engine
+
     def _call(self, method: str, x: Tensor, context: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             if watchers.records(*(t for t in (x, context) if isinstance(t, Tensor))):
@@ -122,7 +164,7 @@ class _CapturedEngine:
 
     def __init__(self, engine: RowEngine, batch: int) -> None:
         self._engine, self._batch = engine, batch
-        self._graphs: dict[tuple[Any, ...], Graph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
         self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
@@ -154,13 +196,19 @@ class _CapturedEngine:
     def _run(
         self, name: str, call: Callable[..., Tensor], x: Tensor, context: Tensor | None
     ) -> Tensor:
-        if not can_capture(x.device) or not len(x):
+        if not can_capture(x.device) or not x.shape[0]:
             return call(x, context)
-        key = name, None if context is None else context.dtype
+        key = name if context is None else (name, context.dtype)
+        graph = self._graphs.get(key) or self._capture(key, call, x, context)
+        return graph(x, context)[0]
+
+    def _capture(
+        self, key: Hashable, call: Callable[..., Tensor], x: Tensor, context: Tensor | None
+    ) -> Graph:
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if key not in self._graphs:
+            if key not in self._graphs:  # nor has another thread captured it meanwhile
                 self._graphs[key] = Graph(lambda *a: (call(*a),), self._batch, x, context)
-            return self._graphs[key](x, context)[0]
+            return self._graphs[key]
 
 
 def _choose(made: Plan, x: Tensor, context: Tensor | None) -> Plan:
@@ -199,6 +247,6 @@ def _plan(flow: Any, batch: int | None) -> Plan:
             _ = engine.packed
         if isinstance(engine, GemmEngine) and like.device.type == "cuda":
             engine.fuses_relu = gives_numbers(engine.stack)
-    if batch is not None and like.device.type == "cuda":
+    if batch is not None and has_graphs(like.device):
         return found._replace(engine=_CapturedEngine(engine, batch))  # type: ignore[arg-type]
     return found

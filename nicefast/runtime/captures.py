@@ -21,11 +21,48 @@ _capturing = threading.Lock()
 WARM_UP = 3  # calls before a capture: kernels are compiled, workspaces allocated
 
 
+class Turns:
+    """A block of one call after another, for calls that use the same memory of a device.
+
+    Threads wait for each other at the block's beginning. On a GPU, a block on another stream than
+    the last one's lets its stream wait for the end of that one, so that streams may alternate.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lock, self._device = threading.Lock(), device
+        self._done = torch.cuda.Event() if has_graphs(device) else None
+        self._stream: torch.cuda.Stream | None = None  # of the last block
+
+    def __enter__(self) -> torch.cuda.Stream | None:
+        """The stream, where it is not the last block's."""
+        self._lock.acquire()
+        if self._done is None:
+            return None
+        try:
+            stream = torch.cuda.current_stream(self._device)
+            if stream == self._stream:
+                return None
+            self._done.wait(stream)  # there is nothing to wait for before the first block
+            self._stream = stream
+            return stream
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._done is not None:
+                self._done.record(self._stream)
+        finally:
+            self._lock.release()
+
+
 class Graph:
     """``call(x, context)`` as one CUDA graph for ``batch`` rows, called with any number of them.
 
     What the call reads beside its arguments has to stay where it lies, and alive, as long as the
     graph. A batch shorter than ``batch`` is followed by older rows, whose results are dropped.
+    Threads and streams may take turns: see :class:`Turns`.
     """
 
     def __init__(
@@ -35,31 +72,46 @@ class Graph:
         rows: Tensor,
         context: Tensor | None,
     ) -> None:
+        self._size = batch
         self._x = rows.new_zeros(batch, rows.shape[1])
         self._c = None if context is None else context.new_zeros(batch, context.shape[1])
         self._replay, self._outputs = warm_capture(lambda: call(self._x, self._c), rows.device)
-        # of the last call, which may have been on another stream; there are none but on a GPU
-        self._done = torch.cuda.Event() if rows.is_cuda else None
+        self._turns = Turns(rows.device)
 
     def __call__(self, rows: Tensor, context: Tensor | None) -> Outputs:
         """The call's results for rows (N, D) and their context (N, K), N >= 1."""
-        size = len(self._x)
-        pieces = []
-        if self._done is not None:
-            self._done.wait(torch.cuda.current_stream(self._x.device))
-        for start in range(0, len(rows), size):
-            piece = rows[start : start + size]
-            n = len(piece)
-            self._x[:n].copy_(piece)
-            if self._c is not None and context is not None:
-                self._c[:n].copy_(context[start : start + size])
-            self._replay()
-            pieces.append(tuple(t[:n].clone() for t in self._outputs))
-        if self._done is not None:
-            self._done.record(torch.cuda.current_stream(self._x.device))
+        size, count = self._size, rows.shape[0]
+        with self._turns as other_stream:
+            if other_stream is not None:  # the memory is nobody else's before that one is done
+                for t in (self._x, self._c):
+                    if t is not None:
+                        t.record_stream(other_stream)
+            if count == size:
+                self._x.copy_(rows)
+                if context is not None and self._c is not None:
+                    self._c.copy_(context)
+                self._replay()
+                return tuple([t.clone() for t in self._outputs])
+            pieces = []
+            for start in range(0, count, size):
+                n = min(size, count - start)
+                self._x[:n].copy_(rows[start : start + n])
+                if context is not None and self._c is not None:
+                    self._c[:n].copy_(context[start : start + n])
+                self._replay()
+                pieces.append(tuple([t[:n].clone() for t in self._outputs]))
         if len(pieces) == 1:
             return pieces[0]
         return tuple(torch.cat(own) for own in zip(*pieces, strict=True))
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether calls there can be captured at all.
+
+    >>> has_graphs(torch.device("cpu"))
+    False
+    """
+    return device.type == "cuda"
 
 
 def can_capture(device: torch.device) -> bool:
@@ -68,7 +120,7 @@ def can_capture(device: torch.device) -> bool:
     >>> can_capture(torch.device("cpu"))
     False
     """
-    return device.type == "cuda" and not is_capturing(device)
+    return has_graphs(device) and not is_capturing(device)
 
 
 def warm_capture(

@@ -16,6 +16,26 @@ _modes_before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_disp
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
+# bound once: is_watched is asked where each microsecond shows
+_functorch_stack = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_modes = torch._C._len_torch_dispatch_stack
+_forward_ad = torch.autograd.forward_ad
+
+
+def is_watched() -> bool:
+    """Whether anything of what this module looks for, but autograd, may be at work. A quick answer
+    for most calls; the other functions say what it is."""
+    return bool(
+        torch.compiler.is_compiling()
+        or _modes()
+        or _functorch_stack() is not None
+        or _tracing_state() is not None
+        or _forward_ad._current_level >= 0
+        or _modes_before_dispatch()
+    )
+
+
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd records what happens to any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

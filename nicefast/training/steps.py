@@ -60,6 +60,7 @@ class Step:
         self._captures = device.type == "cuda" and ranks.world == 1 and model.grid is None
         self._warm = 0
         self._graph: tuple[Callable[[], None], Tensor] | None = None
+        self._turns = captures.Turns(device)
 
     def __call__(self, x: Tensor, lr: float, momentum: float | None, rows: int, full: bool) -> None:
         """Take a step along the gradient of the mean over the ``rows`` of all ranks."""
@@ -71,6 +72,10 @@ class Step:
             if momentum is not None and momentum != group["momentum"]:
                 group["momentum"] = momentum  # a number that a graph has within it
                 self._graph, self._warm = None, 0
+        with self._turns:  # the weights are one memory, whatever stream a step is taken on
+            self._take_or_replay(x, rows, full)
+
+    def _take_or_replay(self, x: Tensor, rows: int, full: bool) -> None:
         if not (self._captures and full):
             self._take(x, rows)
             return

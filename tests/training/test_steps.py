@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import flat, tiny_model
 
+from helpers import Operators
 from nicefast.runtime.ranks import Ranks
 from nicefast.training import steps
 from nicefast.training.optimisers import make_optimiser
@@ -47,6 +48,59 @@ def test_replayed_steps_are_the_steps(capturing, name):
     # after the warm-up once; again where a number that a graph has within it changed
     assert capturing == [32]
     assert replayed._warm == (steps.WARM_UP if name == "adamw" else 1)
+
+
+def test_the_capture_is_asked_for_what_the_warm_up_was(monkeypatch):
+    asked = []
+
+    def capture(call, device):
+        with Operators() as seen:
+            call()
+        asked.append(seen.seen)
+        return call, None
+
+    @contextlib.contextmanager
+    def on_capture_stream(device):
+        with Operators() as seen:
+            yield
+        asked.append(seen.seen)
+
+    monkeypatch.setattr(steps.captures, "capture", capture)
+    monkeypatch.setattr(steps.captures, "on_capture_stream", on_capture_stream)
+    step = step_of(tiny_model(), clip=1.0)
+    step._captures = True
+    for i in range(steps.WARM_UP + 1):
+        step(torch.randn(8, 4, generator=torch.Generator().manual_seed(i)), 1e-3, None, 8, True)
+    *warm, captured = asked
+    assert len(warm) == steps.WARM_UP
+    assert captured == warm[-1] == warm[-2]
+    assert {"mm", "_fused_adamw_"} & set(captured)
+
+
+def test_every_step_takes_its_turn(capturing):
+    """Warm-up, capture, replay, and a step of fewer rows may each be on another stream."""
+    step, turns = step_of(tiny_model()), []
+
+    @contextlib.contextmanager
+    def turn():
+        before = step._taken.item()
+        yield
+        turns.append(step._taken.item() - before)
+
+    class Turns:
+        def __enter__(self):
+            self.block = turn()
+            self.block.__enter__()
+
+        def __exit__(self, *error):
+            self.block.__exit__(*error)
+
+    step._captures, step._turns = True, Turns()
+    for i in range(7):
+        rows = 8 if i != 5 else 3
+        step(torch.randn(rows, 4), 1e-3, None, rows, full=rows == 8)
+    assert turns == [1] * 7
+    assert step._taken == 7
 
 
 def test_the_first_step_that_is_not_finite_is_remembered():
