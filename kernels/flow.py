@@ -189,8 +189,11 @@ def flow_fwd(
     """``(z [N, D] or empty, log_prob [N] or empty)`` in float32."""
     n, d = x.shape
     x, context = x.resolve_neg(), _numbers(context)
-    z = torch.empty((n, d) if want_z else 0, dtype=torch.float32, device=x.device)
-    log_prob = torch.empty(n if want_log_prob else 0, dtype=torch.float32, device=x.device)
+    z = log_prob = x.new_empty(0)
+    if want_z:
+        z = torch.empty((n, d), dtype=torch.float32, device=x.device)
+    if want_log_prob:
+        log_prob = torch.empty(n, dtype=torch.float32, device=x.device)
     if n == 0 or not (want_z or want_log_prob):
         return z, log_prob
     with on_device(x):

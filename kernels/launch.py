@@ -48,19 +48,22 @@ def launch(
 
     Triton looks at every argument and option to find what it has compiled for them, which costs
     several times what the rest of a launch does. The caller's ``kind`` says as much in one object:
-    on it depend the constants, the dtypes, which arguments are None, and all integers but those
-    that are never specialised. What else Triton looks at is asked here: that tensors begin at
-    multiples of 16 bytes, and that integers have 32 bits. Any other launch is Triton's own, and so
-    is every one on AMD's GPUs, where the size of a tensor's memory counts, too.
+    on it depend the constants, and all integers but those that are never specialised. What else
+    Triton looks at is asked here: dtypes, what is None, that tensors begin at multiples of 16
+    bytes, and that integers have 32 bits. Any other launch is Triton's own, and so is every one on
+    AMD's GPUs, where the size of a tensor's memory counts, too.
     """
-    device, usual = None, not torch.version.hip
+    device, usual, dtypes = None, not torch.version.hip, []
     for a in args:
         if type(a) is int:
             usual &= -(2**31) <= a < 2**31
-        elif a is not None:
+        elif a is None:
+            dtypes.append(None)
+        else:
             usual &= not a.data_ptr() % 16
+            dtypes.append(a.dtype)
             device = a.get_device() if device is None else device
-    key = id(kernel), device, kind  # a kernel is a function of its module, and stays
+    key = id(kernel), device, kind, *dtypes  # a kernel is a function of its module, and stays
     found = _compiled.get(key) if usual else None
     if found is not None:
         compiled, rest = found

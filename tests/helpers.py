@@ -191,5 +191,6 @@ class Recorder:
         else:
             for module in (captures, frozen):
                 monkeypatch.setattr(module, "can_capture", lambda device: True)
+            monkeypatch.setattr(frozen, "has_graphs", lambda device: True)
             monkeypatch.setattr(captures, "warm_capture", found)
         return found

@@ -62,6 +62,7 @@ class FrozenFlow:
         self._flow, self._plan = own, _plan(own, batch)
         own.plan = functools.partial(_choose, self._plan)  # what all of the copy's methods ask
         self._device = own.scaling.log_scale.device
+        self._kind = self._device.type  # which takes longer to ask for than most that is asked
         log_scale: Any = getattr(self._plan.engine, "log_scale", None)  # None: modules are called
         self._usual = (
             log_scale is not None
@@ -140,7 +141,7 @@ class FrozenFlow:
             or x.size(1) != self.features
             or x.requires_grad
             or x.device != self._device
-            or torch.is_autocast_enabled(self._device.type)
+            or torch.is_autocast_enabled(self._kind)
             or watchers.is_watched()
             or backend.get_backend() == "reference"
         ):

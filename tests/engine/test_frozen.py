@@ -6,7 +6,7 @@ import gc
 import pickle
 import threading
 import weakref
-from functools import partial
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,15 +24,7 @@ def captured(monkeypatch):
     """Freezes a flow whose calls are captured, ``batch`` rows at a time."""
     recorder = Recorder.install(monkeypatch)
 
-    def freeze(model, batch):
-        flow = model.frozen(batch)
-        if not isinstance(flow._plan.engine, module._CapturedEngine):  # without a GPU
-            engine = module._CapturedEngine(flow._plan.engine, batch)
-            flow._plan = flow._plan._replace(engine=engine)
-            flow._flow.plan = partial(module._choose, flow._plan)
-        return flow, recorder
-
-    return freeze
+    return lambda model, batch: (model.frozen(batch), recorder)
 
 
 def same(found, expected):
@@ -84,6 +76,57 @@ def test_captured_calls_in_threads(captured, device):
     with torch.no_grad():
         same(found, [model.log_prob(x) for x in xs])
     assert recorder.captures == 1
+
+
+def test_the_log_determinant_is_the_caller_s_own(device):
+    flow, x = make(6, device=device).frozen(), torch.randn(3, 6, device=device)
+    for call in (flow.forward, flow.inverse):
+        expected = call(x)[1].clone()
+        call(x)[1].add_(1)
+        call(x[:1])[1].add_(1)
+        assert torch.equal(call(x)[1], expected)
+
+
+@contextmanager
+def watched(name):
+    """Calls ``call(x)`` where something sees or changes each operation."""
+    if name == "reference":
+        with nf.set_backend("reference"):
+            yield lambda call, x: call(x)
+    elif name == "vmap":
+        yield lambda call, x: torch.vmap(call)(x[None])
+    elif name == "dual":
+        yield lambda call, x: torch.func.jvp(call, (x,), (x,))
+    elif name == "jit":
+        yield lambda call, x: torch.jit.trace(call, x, check_trace=False)
+    elif name == "fx":
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        yield lambda call, x: make_fx(lambda x: call(x, None), pre_dispatch=True)(x)
+    elif name == "compile":
+        yield lambda call, x: torch.compile(call, backend="eager", fullgraph=True)(x)
+    else:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield lambda call, x: call(x)
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+@pytest.mark.parametrize(
+    "name", ["reference", "vmap", "dual", "jit", "fx", "compile", "fake"]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_sees_every_operation_is_never_passed_by(captured, device, name, batch):
+    model, x = make(6, device=device), torch.randn(4, 6, device=device)
+    flow = captured(model, batch)[0] if batch else model.frozen()
+    seen = []
+    flow._plan.engine.__dict__["log_prob"] = lambda *_: seen.append(1) or x.sum(1)
+    flow.log_prob(x)
+    assert seen == [1]
+    with watched(name) as call, torch.no_grad():
+        call(flow.log_prob, x)
+    assert seen == [1]
 
 
 def test_gradients_are_an_error_that_says_what_to_do(device):

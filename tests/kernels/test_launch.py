@@ -78,6 +78,13 @@ with host.stand_in():
                 # where rows begin is looked at by Triton alone
                 assert second[1] == (name == "off"), (name, method, known)
                 assert third[1] == 2, "nothing was remembered"
+        if context:  # of another dtype, in the same place of the same launch
+            for c in (c, c.half(), c):
+                seen.clear()
+                model.log_prob(layouts["dense"], c)
+                assert seen[-1][2][1][0] is c.dtype
+                known.append(seen[-1][0])
+            assert known[-3] == known[-1] != known[-2], "the kernel of another dtype"
     kinds = len(launch._compiled)
     launch.KINDS = kinds
     model.log_prob(layouts["dense"][:, :3].repeat(1, 2), c)
