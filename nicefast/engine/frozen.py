@@ -164,7 +164,7 @@ class _CapturedEngine:
     """An engine on a GPU whose calls are replayed, ``batch`` rows at a time."""
 
     def __init__(self, engine: RowEngine, batch: int) -> None:
-        self._engine, self._batch = engine, batch
+        self._engine, self._batch, self._device = engine, batch, engine.stack.device
         self._graphs: dict[Hashable, Graph] = {}
         self._lock = threading.Lock()
 
@@ -197,7 +197,7 @@ class _CapturedEngine:
     def _run(
         self, name: str, call: Callable[..., Tensor], x: Tensor, context: Tensor | None
     ) -> Tensor:
-        if not can_capture(x.device) or not x.shape[0]:
+        if not can_capture(self._device) or not x.size(0):
             return call(x, context)
         key = name if context is None else (name, context.dtype)
         graph = self._graphs.get(key) or self._capture(key, call, x, context)

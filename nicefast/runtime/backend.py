@@ -18,6 +18,7 @@ import torch
 BACKENDS = ("auto", "triton", "reference")
 MIN_CAPABILITY = (8, 0)  # the oldest architecture the kernels are compiled and checked for
 ENVIRONMENT = "NICEFAST_BACKEND"
+_VARIABLE = os.environ.encodekey(ENVIRONMENT)
 
 _choice: str | None = None  # None: whatever the environment says
 
@@ -68,6 +69,10 @@ def get_backend() -> str:
     """
     if _choice is not None:
         return _choice
+    # a variable that is not set costs os.environ two exceptions, which shows in small batches
+    variables = getattr(os.environ, "_data", None)
+    if variables is not None and _VARIABLE not in variables:
+        return "auto"
     name = os.environ.get(ENVIRONMENT) or "auto"
     _check_name(name, ENVIRONMENT)
     return name

@@ -91,7 +91,7 @@ class Graph:
                 if context is not None and self._c is not None:
                     self._c.copy_(context)
                 self._replay()
-                return tuple([t.clone() for t in self._outputs])
+                return tuple(map(Tensor.clone, self._outputs))
             pieces = []
             for start in range(0, count, size):
                 n = min(size, count - start)

@@ -14,8 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 # of make_fx(pre_dispatch=True), say; not in every build
 _modes_before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", int)
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-
-
 # bound once: is_watched is asked where each microsecond shows
 _functorch_stack = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
