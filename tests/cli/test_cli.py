@@ -383,3 +383,22 @@ def test_without_the_extra_the_remedy_is_one_line():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "pip install 'nicefast[train]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (MemoryError("Unable to allocate 9 TiB"), "Unable to allocate 9 TiB"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Tried"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error, said, capsys):
+    import typer
+
+    from nicefast.cli.common import one_line_errors
+
+    with pytest.raises(typer.Exit) as ended, one_line_errors():
+        raise error
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == f"nicefast: error: {said}\n"
