@@ -28,6 +28,7 @@ DIRECTIONS = ("log_prob", "training", "inverse", "sample")
 BATCHES = {"cpu": range(2, 9), "cuda": range(4, 11)}  # powers of four, up to 65,536 and 1,048,576
 SMALL = 256  # rows: below them a frozen flow takes part, as the answer for small batches
 HEAVY = 3e11  # operations of one call: more is left to --full on a CPU
+HEAVY_ON_A_GPU = 1.5e12  # the same on a GPU: 50 ms at 30 TFLOP/s, a modest rate in float32
 
 
 class Task(NamedTuple):
@@ -124,8 +125,9 @@ def _batches(base: Shape, level: str, device: str) -> Iterator[Shape]:
 
 
 def _fits(shape: Shape, level: str, device: str) -> bool:
-    limit = HEAVY / 10 if level == "default" else 10 * HEAVY
-    return device != "cpu" or shape.operations(False) <= limit
+    if device != "cpu":
+        return level == "full" or shape.operations(False) <= HEAVY_ON_A_GPU
+    return shape.operations(False) <= (HEAVY / 10 if level == "default" else 10 * HEAVY)
 
 
 def _can(provider: str, task: Task) -> bool:

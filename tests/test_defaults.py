@@ -22,6 +22,7 @@ from nicefast.evaluation import evaluate
 from nicefast.preprocessing import Preprocessing
 from nicefast.training import Recipe, fit, initialise
 
+ON = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run
 LEVELS = 256
 RECIPE = Recipe(lr=1e-2, batch_size=32, epochs=3, warmup=0)
 
@@ -225,7 +226,7 @@ def dequantise(path):
 @call
 def dequantise_by_kernels(path):
     pytest.importorskip("triton", reason="needs Triton")
-    rows, wide = integers(20, 6), integers(20, 6, 1 << 20, torch.int32)
+    rows, wide = integers(20, 6).to(ON), integers(20, 6, 1 << 20, torch.int32).to(ON)
 
     def called():
         with nf.set_backend("triton"):
@@ -237,8 +238,8 @@ def dequantise_by_kernels(path):
 @call
 def flow_by_kernels(path):
     pytest.importorskip("triton", reason="needs Triton")
-    model, x = flow(partition="random", context=2), numbers(10, 6)
-    c = numbers(10, 2)
+    model, x = flow(partition="random", context=2).to(ON), numbers(10, 6).to(ON)
+    c = numbers(10, 2).to(ON)
 
     def called():
         model.zero_grad()
