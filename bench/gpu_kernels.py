@@ -1,9 +1,9 @@
-"""Whole-flow and element-wise kernels on a device, apart from the host: `python -m bench.gpu_kernels`.
+"""Whole-flow and element-wise kernels on a device, without the host: `python -m bench.gpu_kernels`.
 
-In this order, one JSON line for each measurement, written as soon as it is made: what the device can
-do at most; every tile that ships, forward, inverse and sample, against float64, five times over; the
-time of bare launches and of whole calls for flows of 1M and 4M rows; element-wise kernels. `--warm`
-compiles what of it a GPU would compile, in many processes, and runs nothing.
+One JSON line for each measurement is written as soon as it is made, in this order: what the device
+can do at most; every tile that ships, in each direction, against float64, five times over; bare
+launches and whole calls for flows of 1M and 4M rows; element-wise kernels. `--warm` compiles
+whole-flow kernels in many processes, and runs nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("kernels.jsonl"))
     parser.add_argument("--rows", type=int, help="of every measurement; default: 1M and 4M")
-    parser.add_argument("--every", type=int, default=1, help="one tile in so many (default 1)")
+    parser.add_argument("--quick", action="store_true", help="one of each kind")
     parser.add_argument("--flow", action="store_true", help="one small flow alone, for a profiler")
     parser.add_argument("--warm", type=int, metavar="PROCESSES", help="compile, run nothing")
     options = parser.parse_args(argv)
@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.gpu_kernels: device cuda was asked for, torch finds no GPU", file=sys.stderr)
         return 2
     if options.warm:
-        return warm(backend.architecture(device), options.warm)
+        return warm(backend.architecture(device), options.warm, options.quick)
     torch.manual_seed(0)
     with nf.set_backend("triton"):
         if options.flow:
-            found = iter([checked("fp32", 8, 64, options.rows or 1000, device)])
+            found = attempt(checked, "fp32", 8, 64, options.rows or 1000, device, 1)
         else:
-            found = everything(device, options.rows, options.every)
+            found = everything(device, options.rows, options.quick)
         bad = 0
         for record in found:
             records.append(options.out, record)
@@ -67,18 +67,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if bad else 0
 
 
-def everything(device: torch.device, rows: int | None, every: int) -> Iterator[Record]:
+def everything(device: torch.device, rows: int | None, quick: bool) -> Iterator[Record]:
     """All measurements, what is worth most first."""
-    for name, mode in MODES.items():
-        yield ceilings(name, mode, device)
-    for precision, features, hidden in shipped(device)[::every]:
-        yield checked(precision, features, hidden, rows or 1000, device)
-    for features, hidden in TIMED[::every]:
-        for precision in MODES:
+    most, repeats = (1, 1) if quick else (None, REPEATS)
+    for name in list(MODES)[:most]:
+        yield from attempt(ceilings, name, device)
+    tiles = shipped(device)
+    for precision, features, hidden in tiles[-1:] if quick else tiles:  # the last are float32's
+        yield from attempt(checked, precision, features, hidden, rows or 1000, device, repeats)
+    for features, hidden in TIMED[:most]:
+        for precision in list(MODES)[:most]:
             for n in [rows] if rows else SIZES:
-                yield from timed(precision, features, hidden, n, device)
-    for n, features in ELEMENTWISE_SIZES[::every]:
-        yield from elementwise_kernels(rows or 4 * n, features, device)
+                yield from attempt(timed, precision, features, hidden, n, device, repeats)
+    for n, features in ELEMENTWISE_SIZES[:most]:
+        yield from attempt(elementwise_kernels, rows or 4 * n, features, device, repeats)
+
+
+def attempt(measured: Callable[..., Record | Iterator[Record]], *what: Any) -> Iterator[Record]:
+    """What is measured; a record of the failure where that fails, and the others go on."""
+    try:
+        found = measured(*what)
+        yield from [found] if isinstance(found, dict) else found
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        named = " ".join(str(w) for w in what)
+        status = f"failed: {named}: {type(error).__name__}: {said}"
+        yield {"kind": measured.__name__, "status": status}
 
 
 def shipped(device: torch.device) -> list[tuple[str, int, int]]:
@@ -89,9 +103,8 @@ def shipped(device: torch.device) -> list[tuple[str, int, int]]:
     return [(precision, tile.features, tile.hidden) for precision, tile in tiles]
 
 
-def ceilings(name: str, mode: Mode, device: torch.device) -> Record:
+def ceilings(name: str, device: torch.device) -> Record:
     """What products and a copy reach here."""
-    mode.prepare()
     kind = "bf16" if name == "bf16" else "tf32" if name == "tf32" else "float32"
     calls, units = measure._ceilings(kind, device, small=device.type == "cpu")
     found = timing.interleave(calls, [None], device, rounds=5)
@@ -109,7 +122,9 @@ def flow_of(features: int, hidden: int, device: torch.device) -> nf.NICE:
     return flow.to(device)
 
 
-def checked(precision: str, features: int, hidden: int, rows: int, device: torch.device) -> Record:
+def checked(
+    precision: str, features: int, hidden: int, rows: int, device: torch.device, repeats: int
+) -> Record:
     """One tile in every direction: its error, PyTorch's, their ratio, and equal bits in repeats.
 
     PyTorch's errors are at the same precision of products: on Hopper, whose tensor cores truncate
@@ -125,9 +140,11 @@ def checked(precision: str, features: int, hidden: int, rows: int, device: torch
         plan = flow.plan(x)
         if plan.name != "kernel":
             return record | {"status": f"skipped: {plan.reason}"}
+        if precision == "tf32" and device.type == "cpu":
+            return record | {"status": "skipped: PyTorch has no tf32 here to compare with"}
         record["tile"] = str(plan.engine.tile)
         for direction, (call, define) in directions(plan.engine, rows).items():
-            results = [call(x) for _ in range(REPEATS)]
+            results = [call(x) for _ in range(repeats)]
             with nf.set_backend("reference"):
                 plain = define(flow, x).float()
                 with torch.autocast(device.type, enabled=False):
@@ -137,7 +154,7 @@ def checked(precision: str, features: int, hidden: int, rows: int, device: torch
             record["ratios"][direction] = ratio
             record[direction] = {"error": errors[0], "pytorch": errors[1]}
             if not all(torch.equal(results[0], other) for other in results[1:]):
-                record["status"] = f"failed: {direction}: {REPEATS} repeats differ"
+                record["status"] = f"failed: {direction}: {repeats} repeats differ"
             tiny = 8 * torch.finfo(torch.float32).eps * true.abs().max().item()
             if not errors[0] <= FACTOR * errors[1] + tiny:  # nor NaN
                 record["status"] = f"failed: {direction}: error ratio {ratio:.3g}"
@@ -161,7 +178,7 @@ def directions(engine: Any, rows: int) -> dict[str, tuple[Callable[..., Any], Ca
 
 
 def timed(
-    precision: str, features: int, hidden: int, rows: int, device: torch.device
+    precision: str, features: int, hidden: int, rows: int, device: torch.device, repeats: int
 ) -> Iterator[Record]:
     """Bare launches and whole calls of one flow, log_prob, inverse and sample."""
     mode, flow = MODES[precision], flow_of(features, hidden, device)
@@ -182,14 +199,16 @@ def timed(
                 yield record | {"status": f"skipped: {plan.reason}"}
                 continue
             launch = directions(plan.engine, rows)[direction][0]
-            seconds = timing.bare(lambda launch=launch: launch(x), device)
+            seconds = timing.bare(lambda launch=launch: launch(x), device, 4 * repeats)
             work = flow_work(rows, features, (hidden, hidden), COUPLINGS, direction)
             yield record | rates(seconds, work) | {
-                "call_seconds": call_seconds(call, device), "rows_per_s": rows / seconds,
+                "call_seconds": call_seconds(call, device, repeats), "rows_per_s": rows / seconds,
             }  # fmt: skip
 
 
-def elementwise_kernels(rows: int, features: int, device: torch.device) -> Iterator[Record]:
+def elementwise_kernels(
+    rows: int, features: int, device: torch.device, repeats: int
+) -> Iterator[Record]:
     """Our element-wise operations alone, in float32: bytes a second."""
     for operation in elementwise.operations(rows, features, device):
         way, given = operation.ways["nicefast"], operation.inputs[0]
@@ -200,26 +219,29 @@ def elementwise_kernels(rows: int, features: int, device: torch.device) -> Itera
         }  # fmt: skip
         capturable = operation.direction != "backward"  # autograd's own stream is no capture's
         call = lambda way=way, given=given: way(given)  # noqa: E731
-        seconds = timing.bare(call, device) if capturable else call_seconds(call, device)
+        seconds = (
+            timing.bare(call, device, 4 * repeats)
+            if capturable
+            else call_seconds(call, device, repeats)
+        )
         yield record | rates(seconds, elementwise_work(rows, features, operation.work))
 
 
 def rates(seconds: float, work: Any) -> Record:
-    return {
-        "seconds": seconds, "flops_per_s": work.flops / seconds, "bytes_per_s": work.bytes / seconds,
-    }  # fmt: skip
+    moved = work.bytes / seconds
+    return {"seconds": seconds, "flops_per_s": work.flops / seconds, "bytes_per_s": moved}
 
 
-def call_seconds(call: Callable[[], Any], device: torch.device) -> float:
+def call_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median of a whole call, until its result is there: the host's time is in it."""
     found = []
-    for _ in range(2 + REPEATS):
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
-    return statistics.median(found[2:])
+    return statistics.median(found[1:])
 
 
 @contextlib.contextmanager
@@ -234,7 +256,7 @@ def in_mode(mode: Mode, device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def warm(arch: str, processes: int) -> int:
+def warm(arch: str, processes: int, quick: bool) -> int:
     """Compile the whole-flow kernels into Triton's cache, those of the widest tiles first."""
     from .flow_cases import KERNELS, VARIANTS, flow_case, flow_tiles
     from .resources import compile_all
@@ -248,6 +270,7 @@ def warm(arch: str, processes: int) -> int:
                 variant = usual | ({"outputs": outputs} if outputs else {})
                 cases.append(flow_case(kernel, arch, precision, tile, variant))
     cases.sort(key=lambda case: -case.flow.hidden * case.flow.features)
+    cases = cases[-1:] if quick else cases
     failed = [r.error for _, r in compile_all(cases, processes) if r.error]
     print(*failed, f"{len(cases)} kernels, {len(failed)} failed to compile", sep="\n")
     return 1 if failed else 0

@@ -59,12 +59,24 @@ def flow_records(
                 "launches": launches(call, inputs[0], name, device),
                 "peak_bytes": peak_bytes(call, inputs[0], device),
             }
+            if device.type == "cuda" and task.direction != "training":
+                records[name] |= bare(call, inputs[0], device)
     ceilings = _rates(timings, units)
     work = flow_work(shape.rows, shape.features, shape.hidden, shape.couplings, task.direction)
     for name in chosen:
         _add_timing(records[name], timings[name], work, ceilings)
     finish(list(records.values()))
     return list(records.values())
+
+
+def bare(call: Call, given: torch.Tensor, device: torch.device) -> Record:
+    """Seconds of what a call launches, without the host, or why they can't be had: not every call
+    can be captured."""
+    call.prepare()
+    try:
+        return {"bare": timing.bare(lambda: call.run(given), device)}
+    except Exception as error:  # whatever a provider raises, the whole call is timed
+        return {"not_bare": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
 
 
 def admit(name: str, gate: Gate, precision: str, direction: str) -> tuple[Record, dict[Mode, Call]]:

@@ -219,6 +219,8 @@ NOTES = (
     "is faster.",
     "- launches: of kernels in a call, on a CPU the operators that PyTorch is asked for; faults: "
     "minor page faults of a call.",
+    "- launches alone: what a call launches on a GPU, replayed as a CUDA graph; ms has the host's "
+    "time in it, too.",
     "- error: largest difference from float64.",
 )
 
@@ -306,7 +308,13 @@ def _table(group: Sequence[Record]) -> Iterator[str]:
     if timed:
         header = ["provider", "ms", "20-80 %", "rows/s", unit, "of ceiling", "x best other"]
         header += ["launches", "faults", "peak MiB", "error", "mode"]
-        yield from _markdown(header, (_row(r, rate, scale) for r in timed))
+        rows = [_row(r, rate, scale) for r in timed]
+        if any("bare" in r for r in timed):
+            header.append("launches alone, ms")
+            for row, r in zip(rows, timed, strict=True):
+                alone = number(r, "bare")
+                row.append("-" if alone is None else f"{alone * 1e3:.4g}")
+        yield from _markdown(header, rows)
         yield ""
     for record in group:
         if record not in timed:

@@ -160,7 +160,7 @@ def bare(run: Callable[[], object], device: torch.device, repeats: int = 20) -> 
     clock: Iterator[Any] = itertools.repeat(None)
     if device.type != "cuda":
         whole = Call(lambda _: run())
-        return quantile([_timed(whole, clock, device)[0] for _ in range(3)], 0.5)
+        return quantile([_timed(whole, clock, device)[0] for _ in range(repeats)], 0.5)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # what is compiled or made in a first call is no part of it

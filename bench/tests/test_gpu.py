@@ -1,23 +1,22 @@
 """The benchmark where there is a GPU, which is pretended: who is measured, and by what clock."""
 
 import os
-import re
-import shlex
 import subprocess
 import sys
+import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import measure, timing, workloads
+from bench import gpu_check, gpu_tests, measure, report, timing, workloads
 from bench.gate import Gate
 from bench.providers import PRECISIONS, Shape, make_weights
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = Shape(8, (16, 12), 96)
-SCRIPT = Path(__file__).parents[1] / "gpu_check.sh"
 
 
 @pytest.fixture
@@ -120,72 +119,89 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
     assert seen.count("flow") == 1 + 4 * 10
 
 
-STAND_IN = """#!/usr/bin/env bash
-echo "$PIP_BREAK_SYSTEM_PACKAGES $(basename "$0") $(printf '%q ' "$@")" >> "$LOG"
-[ -z "${SAID:-}" ] || [[ "$*" != *"$SAID"* ]] || { echo "FAILED tests/test_some.py"; exit 1; }
-"""
+def test_no_call_of_the_default_set_takes_a_gpu_long():
+    for task in workloads.tasks("default", "cuda", precisions=list(PRECISIONS)):
+        assert task.shape.operations(False) <= 0.05 * 30e12  # 50 ms at 30 TFLOP/s
 
 
-def checked(folder, *arguments, **environment):
-    """The script's exit status and the commands that it runs, by stand-ins for all of them."""
-    for name in ("python", "timeout"):
-        (folder / name).write_text(STAND_IN)
-        (folder / name).chmod(0o755)
-    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python")}
-    environment |= {"LOG": str(folder / "log"), "OUT": str(folder / "out")}
-    command = ["bash", str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, check=False)
-    return done.returncode, (folder / "log").read_text().splitlines()
+def test_a_report_has_launches_beside_whole_calls(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure.timing, "bare", lambda run, device: (run() and 0) or 2e-3)
+    record = {
+        "device": "a GPU", "status": "timed", "case": "MNIST", "title": "t", "provider": "plain",
+        "direction": "log_prob", "precision": "float32", "rows": 4, "features": 8, "hidden": [4],
+        "couplings": 4, "median": 3e-3, "low": 3e-3, "high": 3e-3, "run": {"date": "d"},
+    }  # fmt: skip
+    record |= measure.bare(timing.Call(lambda x: x), 1, CPU)
+    text = report.report([record], tmp_path).read_text()
+    assert "launches alone, ms" in text
+    assert "| 2 |" in text
+
+    def refused(run, device):
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(measure.timing, "bare", refused)
+    assert "no capture" in measure.bare(timing.Call(lambda x: x), 1, CPU)["not_bare"]
+
+
+def run_check(*arguments, **environment):
+    script = Path(gpu_check.__file__).with_suffix(".sh")
+    environment = os.environ | {"PYTHON": sys.executable} | environment
+    environment["PATH"] = str(Path(sys.executable).parent) + ":/usr/bin:/bin"
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
-def test_the_check_on_a_gpu(tmp_path):
-    code, lines = checked(tmp_path)
-    assert code == 0
-    assert "1 python -m pip install" in lines[0]  # into a Python managed by others, too
-    tests, bench, compiled, rest = (line for line in lines if " timeout " in line)
-    limits = [re.match(r"1 timeout -k (\d+) -s INT (\d+) ", line) for line in (tests, bench, rest)]
-    assert all(limits)
-    assert all(int(m[1]) + int(m[2]) < 540 for m in limits)
-    assert int(limits[0][2]) + int(limits[1][2]) + 100 < 540
-    assert f"--junitxml={tmp_path}/out/tests.xml" in tests
-    assert f"--junitxml={tmp_path}/out/rest.xml" in rest
-    assert f"--out {tmp_path}/out/default.jsonl" in bench
-    for line in (bench, compiled):
-        options = command._parse(shlex.split(line.split(" -m bench ")[1]), skipped := [])
+def test_a_dry_run_of_the_check_leaves_one_archive_and_one_text(tmp_path):
+    pytest.importorskip("triton", reason="needs Triton")
+    done = run_check("all", "--dry-run", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu_check.tar.gz", "summary.txt"}
+    summary = (tmp_path / "summary.txt").read_text()
+    for name in ("kernels: kernels: passed", "tests: tests: passed", "bench: elementwise: passed"):
+        assert name in summary
+    with tarfile.open(tmp_path / "gpu_check.tar.gz") as archive:
+        names = {Path(name).name for name in archive.getnames()}
+    wanted = {"machine.json", "kernels.jsonl", "tests-0.xml", "default.jsonl", "report.md"}
+    assert wanted <= names
+
+
+def test_what_is_cut_off_or_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch):
+    def steps(work, dry):
+        code = "print('FAILED tests/test_some.py', flush=True); import time; time.sleep(60)"
+        yield gpu_check.Step("slow", [[sys.executable, "-c", code]], 0.2, may_be_cut=True)
+        yield gpu_check.Step("none", [["no-such-tool"]], tool="no-such-tool")
+        yield gpu_check.Step("next", [[sys.executable, "-c", "print('3 passed')"]])
+
+    monkeypatch.setitem(gpu_check.PARTS, "tests", steps)
+    monkeypatch.setattr(gpu_check, "GRACE", 2)
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    assert gpu_check.Check(out, work, dry=True).run(["tests"], 10) == 1
+    summary = (out / "summary.txt").read_text()
+    assert "slow: failed" in summary
+    assert "FAILED tests/test_some.py" in summary
+    assert "none: dropped: no no-such-tool here" in summary
+    assert "next: passed" in summary
+    assert (out / "gpu_check.tar.gz").exists()
+
+
+def test_the_check_s_benchmark_knows_its_options(tmp_path):
+    steps = list(gpu_check.bench(tmp_path, dry=False))
+    assert steps[0].name == "elementwise"
+    for step in steps:
+        options = command._parse(step.commands[0][3:], skipped := [])
         assert not skipped
         assert options.device == "cuda"
-    for name in ("kernels/test_flow_kernels", "test_functional"):
-        assert f" tests/{name}.py " in tests
-        assert f" --ignore=tests/{name}.py " in rest
-    assert tests.index("tests/kernels/") < tests.index("tests/test_functional")
-    assert "tests/scoring/test_tables.py" not in tests + rest  # on no GPU, so among all the rest
+    assert sum(gpu_check.SECONDS.values()) <= 1800
+    assert max(*gpu_check.SECONDS.values(), gpu_check.TOGETHER) + 2 * gpu_check.GRACE < 600
 
 
-def test_whatever_is_on_the_device_is_among_what_the_check_tests_first(request):
-    """Of all that is collected now."""
-    source = SCRIPT.read_text()
-    pattern = re.compile(re.search(r"^on_device='(.*)'$", source, re.M)[1], re.M)
-    fixtures = {"device", "backend", "triton_backend", "guarded"}
-    found = {
-        item.path
-        for item in request.session.items
-        if fixtures & set(item.fixturenames) or item.get_closest_marker("gpu")
-    }
-    assert not [path for path in found if not pattern.search(path.read_text())]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
-@pytest.mark.parametrize("part", ["tests.xml", "default.jsonl", "rest.xml"])
-def test_a_failure_of_any_part_is_the_check_s(tmp_path, part):
-    code, lines = checked(tmp_path, SAID=part)
-    assert code == 1
-    assert len([line for line in lines if " timeout " in line]) == 4  # the others go on
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
-def test_one_part_of_the_full_set(tmp_path):
-    code, lines = checked(tmp_path, "--full", "MNIST")
-    assert code == 0
-    (line,) = (line for line in lines if " timeout " in line)
-    assert "-m bench --full --case MNIST" in line
+def test_every_test_is_in_one_shard_and_the_largest_first():
+    sizes = Counter({f"test_{i}": i % 7 + 1 for i in range(40)})
+    found = gpu_tests.shards(sizes, 3)
+    assert sorted(name for own in found for name in own) == sorted(sizes)
+    for own in found:
+        assert [sizes[name] for name in own] == sorted((sizes[n] for n in own), reverse=True)
+    totals = [sum(sizes[name] for name in own) for own in found]
+    assert max(totals) - min(totals) <= 7
