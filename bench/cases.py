@@ -156,7 +156,7 @@ def cases(
         seen, turn, dealt_out = set(), 0, 0
         for name, arch, dtype, width, text in SPILLED:
             if name == kernel and arch in archs:
-                case = _case(kernel, arch, dtype, width, _parse(kernel, text))
+                case = simple_case(kernel, arch, dtype, width, _parse(kernel, text))
                 seen.add(case.name)
                 yield case
         dtypes = dtypes_of(kernel)
@@ -181,7 +181,7 @@ def cases(
                     width = choice[pick * (len(choice) - 1) // 3]
                     width = t.columns if pick == 1 and t.columns in choice else width
                     width = max(width, 2) if kernel in _OF_BOTH_SIDES else width
-                    case = _case(kernel, arch, dtype, width, dict(variant))
+                    case = simple_case(kernel, arch, dtype, width, dict(variant))
                     if arch in archs and case.name not in seen:
                         seen.add(case.name)
                         yield case
@@ -209,7 +209,7 @@ def _deck(flags: dict[str, tuple[Any, ...]], layouts: tuple[str, ...]) -> list[d
     return [variant for hand in zip(*decks, strict=True) for variant in hand]
 
 
-def _case(kernel: str, arch: str, dtype: str, width: int, v: dict[str, Any]) -> Case:
+def simple_case(kernel: str, arch: str, dtype: str, width: int, v: dict[str, Any]) -> Case:
     """Launch the kernel on meta tensors and describe what Triton would compile."""
     module = MODULES[kernel.partition("_")[0]]
     with (

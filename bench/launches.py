@@ -130,10 +130,12 @@ def _launch_of_sides(kernel: str, x: Tensor, log_scale: Tensor, v: dict[str, Any
     )
     y = tensor(n, d, x.dtype)
     whole: list[Access] = [("load", y, 0, d), ("store", y, 0, d)]
-    in_order = v.get("sides", "half") == "half"
+    side = v.get("sides", "half")
+    split = both[0].size if side.endswith("alternating") and d > 2 else 0
+    in_order = side == "half" or split > 0
     if kernel == "enter_kernel":
         sides.enter(x, both, biases, log_scale if v["scaled"] else None, v["inverse"])
-        return [("load", x, 0, d)] * in_order + whole[1:]
+        return [("load", x, 0, d)] * in_order + [("store", y, split, d - split)]
     v["layout"] = "dense"
     if kernel == "add_kernel":
         sides.add_(y, both[0].size, biases, v["inverse"])
@@ -144,7 +146,7 @@ def _launch_of_sides(kernel: str, x: Tensor, log_scale: Tensor, v: dict[str, Any
         None if outputs == "log_prob" else y,
         tensor(1, n, x.dtype)[0] if outputs in ("log_prob", "both") else None,
     )  # fmt: skip
-    return whole[:1] + whole[1:] * (in_order and outputs != "log_prob")
+    return [("load", y, split, d - split)] + whole[1:] * (in_order and outputs != "log_prob")
 
 
 def _both(side: str) -> tuple[str, str]:

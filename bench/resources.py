@@ -66,6 +66,8 @@ class Resources:
     wide_stores: int = 0
     products: dict[str, int] = field(default_factory=dict)  # matrix instructions by kind
     sass: dict[str, int] | None = None  # the four counts in machine code, where it was read
+    instructions: int = 0  # of machine code, where it was read
+    barriers: int = 0  # of a program's threads
     error: str = ""
 
 
@@ -125,11 +127,16 @@ def _read_amd(asm: dict[str, str], shared: int, disassemble: bool) -> Resources:
     found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", text)
     counts = _count((kind, size.endswith("dwordx4")) for kind, size in found)
     products = dict(Counter(re.findall(r"\bv_s?mfma\w*", text)))
-    return Resources(used["vgpr_count"], spills, shared, **counts, products=products)
+    return Resources(
+        used["vgpr_count"], spills, shared, **counts, products=products,
+        instructions=len(re.findall(r"^\t[vs]_|^\t(?:ds|global|buffer|flat)_", text, re.MULTILINE)),
+        barriers=len(re.findall(r"\bs_barrier\b", text)),
+    )  # fmt: skip
 
 
 def _read_nvidia(asm: dict[str, bytes], shared: int, disassemble: bool) -> Resources:
     kinds, sass = {"ld": "load", "st": "store", "LD": "load", "ST": "store"}, None
+    instructions = 0
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -140,6 +147,7 @@ def _read_nvidia(asm: dict[str, bytes], shared: int, disassemble: bool) -> Resou
             text = _run("nvdisasm", "-c", "-ndf", file.name)
             local = Counter(re.findall(r"\b(LDL|STL)\b", text))
             spills |= {"LDL": local["LDL"], "STL": local["STL"]}
+            instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", text, re.MULTILINE))
             found = re.findall(r"\b(LD|ST)G\b([.\w]*)", text)
             sass = _count(
                 (kinds[kind], bool(re.search(r"\.(128|256)\b", size))) for kind, size in found
@@ -149,7 +157,11 @@ def _read_nvidia(asm: dict[str, bytes], shared: int, disassemble: bool) -> Resou
     counts = _count((kinds[k], int(vector or 1) * int(bits) >= 128) for k, vector, bits in found)
     kinds_of = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", str(asm["ptx"]))
     products = dict(Counter(kinds_of))
-    return Resources(registers, spills, shared, **counts, products=products, sass=sass)
+    return Resources(
+        registers, spills, shared, **counts, products=products, sass=sass,
+        instructions=instructions,
+        barriers=len(re.findall(r"\b(?:bar|barrier)\.(?:cta\.)?sync\b", str(asm["ptx"]))),
+    )  # fmt: skip
 
 
 def _count(accesses: Iterable[tuple[str, bool]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def relu(h):
-    return tl.where(h < 0.0, 0.0, h)
+    return tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

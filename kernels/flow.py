@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .flow_rows import couplings, load_rows, rows_again, with_context
+from .flow_rows import couplings, load_rows, rows_again, scale, with_context
 from .flow_tile import PARTS, FlowShape, FlowTile
 from .launch import FUSED, dense, is_dense, launch, on_device
 from .packing import Tensors
-from .prior import prior_log_prob
+from .prior import prior_terms, sum_terms
 from .sampling import noise
 from .tile import ceil_div
 
@@ -65,6 +65,9 @@ def flow_fwd_kernel(
     DP: tl.constexpr,
     HP: tl.constexpr,
     STAGES: tl.constexpr,
+    CARRIES: tl.constexpr,
+    HALVES: tl.constexpr,
+    FOLDS: tl.constexpr,
 ):
     o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_d = tl.arange(0, DP)[None, :]
@@ -72,9 +75,9 @@ def flow_fwd_kernel(
     b_x = with_context(b_x, p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
     b_x = couplings(
         b_x, p_in, p_mid, p_out, p_b, p_sides,
-        L, K, False, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
+        L, K, False, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES, CARRIES,
     )  # fmt: skip
-    b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_s = scale(p_s, D, DP)
     b_z = b_x * tl.exp(b_s)
     o_r = rows_again(ROWS)
     o_n = o_r[:, None]
@@ -82,9 +85,11 @@ def flow_fwd_kernel(
     if WITH_Z:
         tl.store(p_z + o_n * D + o_d, b_z, mask=m)
     if WITH_LOG_PROB:
-        # a padded lane must add nothing: the logistic log-density at 0 is -2 log 2
-        b_lp = tl.where(m, prior_log_prob(b_z, PRIOR) + b_s, 0.0)
-        tl.store(p_lp + o_r, tl.sum(b_lp, 1), mask=o_r < N)
+        b_a, b_f = prior_terms(b_z, PRIOR)
+        # a padded lane must add nothing: f is 2 at 0
+        b_a, b_f = tl.where(m, b_a + b_s, 0.0), tl.where(m, b_f, 1.0)
+        b_lp = sum_terms(b_a, b_f, PRIOR, ROWS, DP, HALVES, FOLDS)
+        tl.store(p_lp + o_r, b_lp, mask=o_r < N)
 
 
 @triton.jit(do_not_specialize=["N", "L", "K"])
@@ -117,15 +122,16 @@ def flow_inv_kernel(
     DP: tl.constexpr,
     HP: tl.constexpr,
     STAGES: tl.constexpr,
+    CARRIES: tl.constexpr,
 ):
     o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_d = tl.arange(0, DP)[None, :]
-    b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_s = scale(p_s, D, DP)
     b_x = load_rows(p_z, o_n, o_n < N, stride_zn, stride_zd, 0, D, X_DENSE, DP) * tl.exp(-b_s)
     b_x = with_context(b_x, p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
     b_x = couplings(
         b_x, p_in, p_mid, p_out, p_b, p_sides,
-        L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
+        L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES, CARRIES,
     )  # fmt: skip
     o_n = rows_again(ROWS)[:, None]
     tl.store(p_x + o_n * D + o_d, b_x, mask=(o_n < N) & (o_d < D))
@@ -160,17 +166,18 @@ def flow_sample_kernel(
     DP: tl.constexpr,
     HP: tl.constexpr,
     STAGES: tl.constexpr,
+    CARRIES: tl.constexpr,
 ):
     o_n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_d = tl.arange(0, DP)[None, :]
     o_q = tl.arange(0, DP // 4)[None, :]
     b_z = noise(o_n + row_offset, o_q, seed, PRIOR, tl.float32, ROWS, DP // 4)
-    b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_s = scale(p_s, D, DP)
     b_x = tl.where(o_d < D, b_z * tl.exp(-b_s), 0.0)
     b_x = with_context(b_x, p_c, o_n, o_n < N, stride_cn, stride_cd, D, C, C_DENSE, DP)
     b_x = couplings(
         b_x, p_in, p_mid, p_out, p_b, p_sides,
-        L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES,
+        L, K, True, ACTIVATION, PRODUCTS, PARTS, PRECISE, ROWS, DP, HP, STAGES, CARRIES,
     )  # fmt: skip
     o_n = rows_again(ROWS)[:, None]
     tl.store(p_x + o_n * D + o_d, b_x, mask=(o_n < N) & (o_d < D))
@@ -204,7 +211,9 @@ def flow_fwd(
             (shape, tile, strides, want_z, want_log_prob),
             lambda: {
                 "X_DENSE": is_dense(x), "WITH_Z": want_z, "WITH_LOG_PROB": want_log_prob,
-                "PRIOR": shape.prior, **_constants(context, shape, tile),
+                "PRIOR": shape.prior, "HALVES": tile.halves,
+                "FOLDS": (tile.features // 8).bit_length() - 1,
+                **_constants(context, shape, tile),
             },
         )  # fmt: skip
     return z, log_prob
@@ -281,5 +290,6 @@ def _constants(context: Tensor | None, shape: FlowShape, tile: FlowTile) -> dict
         "C_DENSE": context is not None and is_dense(context), "ACTIVATION": shape.activation,
         "PRODUCTS": tile.products, "PARTS": PARTS[tile.products],
         "PRECISE": tile.products not in ("bf16", "tf32"), "ROWS": tile.rows,
-        "DP": tile.features, "HP": tile.hidden, "STAGES": tile.stages, "num_warps": tile.warps,
+        "DP": tile.features, "HP": tile.hidden, "STAGES": tile.stages, "CARRIES": tile.carries,
+        "num_warps": tile.warps,
     }  # fmt: skip

@@ -11,6 +11,21 @@ from .product import linear, operand
 
 
 @triton.jit
+def _activated(
+    b_v, NOW: tl.constexpr, ACTIVATION: tl.constexpr, PRODUCTS: tl.constexpr, PRECISE: tl.constexpr
+):
+    """A layer's result as the next one's operand, or, not NOW, as it is.
+
+    Where a warp group multiplies, an operand that is made at the start of a turn of the loop stays
+    in registers, and one that is carried over goes through shared memory. Elsewhere either stays,
+    and the operand takes fewer.
+    """
+    if NOW:
+        b_v = operand(activate(b_v, ACTIVATION, PRECISE), PRODUCTS)
+    return b_v
+
+
+@triton.jit
 def couplings(
     b_x,  # [ROWS, DP], the context in columns D .. D + C - 1
     p_in,  # [L, PARTS, HP, DP]
@@ -29,6 +44,7 @@ def couplings(
     DP: tl.constexpr,
     HP: tl.constexpr,
     STAGES: tl.constexpr,
+    CARRIES: tl.constexpr,
 ):
     """All couplings of the flow on one tile of rows.
 
@@ -45,12 +61,14 @@ def couplings(
         b_side = tl.load(p_sides + i_l * DP + o_d)[None, :]
         # NaN * 0 is NaN: mask the operand too, not only the weights
         b_a = operand(tl.where(b_side == 1, b_x, 0.0), PRODUCTS)
-        b_h = linear(b_a, p_in, i_l * PARTS, p_bias, PRODUCTS, ROWS, HP, DP)
-        b_a = operand(activate(b_h, ACTIVATION, PRECISE), PRODUCTS)
+        b_v = linear(b_a, p_in, i_l * PARTS, p_bias, PRODUCTS, ROWS, HP, DP)
+        b_v = _activated(b_v, CARRIES, ACTIVATION, PRODUCTS, PRECISE)
         for i_k in tl.range(1, K, num_stages=STAGES):
+            b_t = _activated(b_v, not CARRIES, ACTIVATION, PRODUCTS, PRECISE)
             i_w = (i_l * (K - 1) + i_k - 1) * PARTS
-            b_h = linear(b_a, p_mid, i_w, p_bias + i_k * HP, PRODUCTS, ROWS, HP, HP)
-            b_a = operand(activate(b_h, ACTIVATION, PRECISE), PRODUCTS)
+            b_v = linear(b_t, p_mid, i_w, p_bias + i_k * HP, PRODUCTS, ROWS, HP, HP)
+            b_v = _activated(b_v, CARRIES, ACTIVATION, PRODUCTS, PRECISE)
+        b_a = _activated(b_v, not CARRIES, ACTIVATION, PRODUCTS, PRECISE)
         b_m = linear(b_a, p_out, i_l * PARTS, p_bias + K * HP, PRODUCTS, ROWS, DP, HP)
         if INVERSE:
             b_m = -b_m
@@ -67,6 +85,13 @@ def rows_again(ROWS: tl.constexpr):
     """
     i_r = tl.program_id(0).to(tl.int64) * ROWS + tl.program_id(1)
     return i_r + tl.arange(0, ROWS)
+
+
+@triton.jit
+def scale(p_s, D: tl.constexpr, DP: tl.constexpr):
+    """log_scale [1, DP], 0 in padded columns."""
+    o_d = tl.arange(0, DP)
+    return tl.load(p_s + o_d, mask=o_d < D, other=0.0)[None, :].to(tl.float32)
 
 
 @triton.jit

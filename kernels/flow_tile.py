@@ -71,7 +71,9 @@ class FlowTile(NamedTuple):
 
     ``products`` is how a matrix product is made of the hardware's, a key of :data:`PARTS`;
     ``stages``, how many layers' weights are on their way at once; ``registers``, how many a thread
-    may have where that has to be said: left alone, ptxas settles for fewer and spills.
+    may have where that has to be said: left alone, ptxas settles for fewer and spills. ``carries``:
+    layers hand on their operands, not their sums; ``halves``: how a row is folded for its
+    logarithms (see :mod:`.flow_rows` and :mod:`.prior`).
     """
 
     rows: int
@@ -81,6 +83,8 @@ class FlowTile(NamedTuple):
     hidden: int
     products: str
     registers: int | None
+    carries: bool
+    halves: bool
 
 
 def tiles_of(arch: str) -> str:
@@ -137,4 +141,7 @@ def flow_tile(shape: FlowShape, precision: str, arch: str) -> FlowTile | str:
     # two layers' weights in shared memory, where those of one leave registers to be saved
     ahead = nvidia and PARTS[products] == 1 and hp in (64, 128) and (dp, products) != (128, "tf32")
     warps = 8 if nvidia and rows >= 64 else 4
-    return FlowTile(rows, warps, 2 if ahead else 1, dp, hp, products, 255 if nvidia else None)
+    return FlowTile(
+        rows, warps, 2 if ahead else 1, dp, hp, products, 255 if nvidia else None,
+        carries=arch != "sm_90", halves=arch not in ("sm_100", "sm_103"),
+    )  # fmt: skip

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import FUSED, accumulator, dense, is_dense, on_device, torch_dtype
-from .prior import prior_log_prob, prior_score
+from .prior import prior_score, prior_terms, spans, sum_terms
 from .tile import ceil_div, reduction_programs, tile
 
 
@@ -40,26 +40,37 @@ def scale_log_prob_fwd_kernel(
     WITH_Z: tl.constexpr,
     H_DENSE: tl.constexpr,
     ACC: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
+    FOLDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_n = o_r[:, None]
-    b_acc = tl.zeros((ROWS, COLS), dtype=ACC)
-    for i_d in range(0, D, COLS):
-        o_d = (i_d + tl.arange(0, COLS))[None, :]
-        m = (o_n < N) & (o_d < D)
-        if H_DENSE:
-            o_h = o_n * D + o_d
-        else:
-            o_h = o_n * stride_hn + o_d.to(tl.int64) * stride_hd
-        b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(ACC)
-        b_z = tl.load(p_h + o_h, mask=m, other=0.0).to(ACC) * tl.exp(b_s)
-        # a padded lane must add nothing: the logistic log-density at 0 is -2 log 2
-        b_acc += tl.where(m, prior_log_prob(b_z, PRIOR) + b_s, 0.0)
-        if WITH_Z:
-            tl.store(p_z + o_n * D + o_d, b_z.to(p_z.dtype.element_ty), mask=m)
-    tl.store(p_lp + o_r, tl.sum(b_acc, 1), mask=o_r < N)
+    b_lp = tl.zeros((ROWS,), dtype=ACC)
+    for i_s in range(0, SPANS):
+        b_acc = tl.zeros((ROWS, COLS), dtype=ACC)
+        b_product = tl.full((ROWS, COLS), 1.0, dtype=ACC)
+        for i_t in range(0, SPAN):
+            o_d = (i_s * SPAN + i_t) * COLS + tl.arange(0, COLS)
+            b_s = tl.load(p_s + o_d, mask=o_d < D, other=0.0).to(ACC)[None, :]
+            o_d = o_d[None, :]
+            m = (o_n < N) & (o_d < D)
+            if H_DENSE:
+                o_h = o_n * D + o_d
+            else:
+                o_h = o_n * stride_hn + o_d.to(tl.int64) * stride_hd
+            b_z = tl.load(p_h + o_h, mask=m, other=0.0).to(ACC) * tl.exp(b_s)
+            b_a, b_f = prior_terms(b_z, PRIOR)
+            # a padded lane must add nothing: the logistic log-density at 0 is -2 log 2
+            b_acc += tl.where(m, b_a + b_s, 0.0)
+            if PRIOR == "logistic":
+                b_product *= tl.where(m, b_f, 1.0)
+            if WITH_Z:
+                tl.store(p_z + o_n * D + o_d, b_z.to(p_z.dtype.element_ty), mask=m)
+        b_lp += sum_terms(b_acc, b_product, PRIOR, ROWS, COLS, False, FOLDS)
+    tl.store(p_lp + o_r, b_lp, mask=o_r < N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -127,7 +138,7 @@ def scale_log_prob_fwd(
         scale_log_prob_fwd_kernel[(ceil_div(n, t.rows),)](
             h, dense(log_scale), z, log_prob, n, *h.stride(),
             D=d, PRIOR=prior, WITH_Z=return_z, H_DENSE=is_dense(h), ACC=acc,
-            ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
+            **spans(d, t.columns), ROWS=t.rows, COLS=t.columns, num_warps=t.warps, **FUSED,
         )  # fmt: skip
     return z, log_prob
 

@@ -9,16 +9,61 @@ Both are finite wherever z is, and NaN where z is NaN.
 import triton
 import triton.language as tl
 
+from .tile import ceil_div
+
+FACTORS = 100  # so many f of prior_terms, each at most 2, have a product without overflow
+
 
 @triton.jit
-def prior_log_prob(b_z, PRIOR: tl.constexpr):
+def prior_terms(b_z, PRIOR: tl.constexpr):
+    """``(a, f)`` with log p(z) = a - 2 log f and 1 <= f <= 2; the normal prior has no f.
+
+    A logarithm takes about twenty instructions, and one serves a product of many f.
+    """
     if PRIOR == "logistic":
-        b_a = tl.abs(b_z)
-        b_lp = -b_a - 2.0 * tl.log(1.0 + tl.exp(-b_a))
+        b_a = -tl.abs(b_z)
+        b_f = 1.0 + tl.exp(b_a)
     else:
         tl.static_assert(PRIOR == "normal")
-        b_lp = -0.5 * b_z * b_z - 0.9189385332046727
-    return b_lp
+        b_a = -0.5 * b_z * b_z - 0.9189385332046727
+        b_f = b_a
+    return b_a, b_f
+
+
+@triton.jit
+def sum_terms(
+    b_a, b_f, PRIOR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    HALVES: tl.constexpr, FOLDS: tl.constexpr,
+):  # fmt: skip
+    """The sums [ROWS] of a - 2 log f over the columns of b_a and b_f [ROWS, COLS].
+
+    The columns are folded FOLDS times before logarithms are taken, within each thread: HALVES, as a
+    thread of a matrix product has columns j and j + 8, and else pairs, of which it loads two.
+    """
+    if PRIOR != "logistic":
+        b_sum = tl.sum(b_a, 1)
+    elif FOLDS == 0:
+        b_sum = tl.sum(b_a - 2.0 * tl.log(b_f), 1)
+    else:
+        if HALVES:
+            b_a = tl.permute(tl.reshape(b_a, (ROWS, 2, COLS // 2)), (0, 2, 1))
+            b_f = tl.permute(tl.reshape(b_f, (ROWS, 2, COLS // 2)), (0, 2, 1))
+        else:
+            b_a = tl.reshape(b_a, (ROWS, COLS // 2, 2))
+            b_f = tl.reshape(b_f, (ROWS, COLS // 2, 2))
+        b_a0, b_a1 = tl.split(b_a)
+        b_f0, b_f1 = tl.split(b_f)
+        b_sum = sum_terms(b_a0 + b_a1, b_f0 * b_f1, PRIOR, ROWS, COLS // 2, HALVES, FOLDS - 1)
+    return b_sum
+
+
+def spans(width: int, columns: int) -> dict[str, int]:
+    """How a loop over ``width`` features, ``columns`` in a turn, is cut so that no product of f
+    overflows: ``SPANS`` times ``SPAN`` turns, then ``FOLDS`` for :func:`sum_terms`."""
+    folds = 2 if columns >= 4 else 0
+    turns = ceil_div(width, columns)
+    count = ceil_div(turns, FACTORS >> folds)
+    return {"SPANS": count, "SPAN": ceil_div(turns, count), "FOLDS": folds}
 
 
 @triton.jit

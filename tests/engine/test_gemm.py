@@ -37,7 +37,7 @@ def gemm(model, x, dtype=torch.float32, kind=GemmEngine):
     return kind(stack, model.scaling.log_scale, model.prior_name)
 
 
-@pytest.mark.parametrize("partition", range(0, 10, 3))
+@pytest.mark.parametrize("partition", [0, 2, 3, 6, 9])
 @pytest.mark.parametrize("kind", ["dense", "rows"])
 @torch.no_grad()
 def test_everything_is_written_once_and_nothing_beside_it(guarded, device, partition, kind):

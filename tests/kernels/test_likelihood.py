@@ -9,6 +9,8 @@ import nicefast as nf
 from helpers import DTYPES, assert_three_way, error, strided
 
 pytest.importorskip("triton", reason="needs Triton")
+from nicefast.kernels.prior import spans
+
 F, R = nf.functional, nf.reference
 
 SHAPES = [(1, 2), (3, 3), (33, 8), (5, 13), (2, 130), (3, 1027)]
@@ -129,3 +131,14 @@ def test_any_shape(n, d, seed, prior):
     h, s = draw(n, d, torch.float64, on)
     with nf.set_backend("triton"):
         assert error(F.scale_log_prob(h, s, prior), R.scale_log_prob(h, s, prior)) < 1e-11 * d
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_products_of_many_factors_do_not_overflow(guarded, device, prior):
+    """At 0 every factor is 2, and a lane has 200 of them: 2^200 is infinite in float32."""
+    d = 50 * 1024
+    h, s = torch.zeros(2, d, device=device), torch.zeros(d, device=device)
+    assert spans(d, 1024)["SPANS"] > 1
+    got = F.scale_log_prob(h, s, prior)
+    exact = R.scale_log_prob(h.double(), s.double(), prior)
+    assert error(got / exact, torch.ones_like(exact)) < 1e-6
