@@ -110,10 +110,7 @@ class Check:
         bad = bool(failures) or (any(codes) and not cut) or (cut and not step.may_be_cut)
         status = "failed" if bad else "cut off" if cut else "passed"
         if step.tool and step.proof not in said and not cut:
-            bad, status = (
-                False,
-                f"{REFUSED}{step.tool} refused: {last(said)}",
-            )
+            bad, status = False, f"{REFUSED}{step.tool} refused: {last(said)}"
         self.failed |= bad
         self.found.append(f"{part}: {step.name}: {status}, {time.monotonic() - began:.0f} s")
         self.found += [f"    {line}" for line in (*measured(said), *failures[:20])]
