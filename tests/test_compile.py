@@ -174,7 +174,7 @@ def test_every_kernel_in_the_package_is_checked():
 def test_width_is_asked_of_every_tile_that_can_have_it():
     asked = {}
     for c in CASES.values():
-        # the halves between enter and leave are aligned in few cases: one of any architecture will do
+        # halves in memory are aligned in few cases: one of any architecture will do
         arch = None if c.kernel in {"enter_kernel", "leave_kernel"} else c.arch
         key = (c.kernel, arch, c.dtype, c.tile)
         loads, stores = asked.get(key, (0, 0))
