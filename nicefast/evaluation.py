@@ -172,9 +172,20 @@ def row_scores(
 
 
 def mean_score(
-    model: Density, rows: Tensor, preprocessing: Preprocessing, draws: int, seed: int, ranks: Ranks
+    model: Density,
+    rows: Tensor,
+    preprocessing: Preprocessing,
+    draws: int,
+    seed: int,
+    ranks: Ranks,
+    weights: Tensor | None = None,
 ) -> float:
-    """Mean ``log p`` over rows and draws; each rank scores its share."""
-    scores, _ = row_scores(model, rows, preprocessing, draws, seed, ranks.share(len(rows)))
+    """Mean ``log p`` over draws and rows, by the rows' weights (N,); each rank scores its share."""
+    own = ranks.share(len(rows))
+    scores, _ = row_scores(model, rows, preprocessing, draws, seed, own)
+    mass: float = len(rows)
+    if weights is not None:
+        weights = weights.double().cpu()
+        scores, mass = scores * weights[own], weights.sum().item()
     total = ranks.sum(scores.sum().to(device_of(model)))
-    return total.item() / (draws * len(rows))
+    return total.item() / (draws * mass)

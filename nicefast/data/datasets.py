@@ -7,7 +7,7 @@ and enter a :class:`Source` in ``DATASETS``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class Dataset:
         train, validation, test: tensors (N, \\*event_shape); uint8 (int32 where k > 256) for
             k-level data, int32 for a table of integers, float32 for continuous data; float64 where
             float32 would round values and columns of them have a spacing.
+        weights: None, or a weight at least 0 for each row of training and of validation, (N,)
+            floating-point tensors: a fit then maximises ``sum_i w_i log p(x_i) / N``, and chooses
+            the epoch by the weighted mean over the validation rows.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Dataset:
     train: Tensor
     validation: Tensor
     test: Tensor
+    weights: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ..checks import check_choice, is_number
 from .columns import (
     Array,
+    columns_of,
     constant_columns,
     labels,
-    noise_spacings,
-    refuse_constant,
+    moments,
     refuse_masked,
     unmasked,
     with_noise,
@@ -31,6 +31,7 @@ from .fitted import (
     mean_log_prob,
     spacings_of,
 )
+from .weights import checked_weights, weighted_rows
 
 DENSITIES = ("nice", "gaussian")
 
@@ -125,8 +126,13 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         self.dtype = dtype
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any) -> NICEClassifier:
-        """Fit a density to the rows of each class: X (N, D), y (N,)."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> NICEClassifier:
+        """Fit a density to the rows of each class: X (N, D), y (N,).
+
+        With ``sample_weight`` w (N,), each class's density maximises the weighted
+        mean of its log-densities, and the frequency of a class is its share of the weight. A row
+        of weight 0 has no influence on anything; a class of such rows is no class.
+        """
         check_choice("density", self.density, DENSITIES)
         if not is_number(self.reg) or not 0 <= self.reg < np.inf:
             raise ValueError(f"reg must be non-negative and finite, got {self.reg!r}")
@@ -136,35 +142,30 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
             self, unmasked(X), y, dtype=np.float64, ensure_min_samples=2, ensure_min_features=least
         )
         check_classification_targets(y)
+        weights = checked_weights("sample_weight", sample_weight, len(rows))
+        seen = weighted_rows(weights)
+        rows, y, weights = rows[seen], y[seen], None if weights is None else weights[seen]
         classes, of_class = np.unique(y, return_inverse=True)
         counts = np.bincount(of_class)
         if counts.min() < 2:
             raise ValueError(
                 f"class {classes[counts.argmin()]!r} has 1 sample, a density needs 2 or more"
             )
-        class_prior = self._class_prior(counts)
-        label = labels(getattr(self, "feature_names_in_", None))
-        constant = constant_columns(rows)
-        if not self.drop_constant:
-            refuse_constant(constant, rows.shape[1], label)
-        kept = np.setdiff1d(np.arange(rows.shape[1]), constant)
-        if len(kept) < least:
-            raise ValueError(
-                f"at least {least} columns that vary are needed, got n_features = {len(kept)} "
-                f"after {len(constant)} constant columns were dropped"
-            )
-        spacing = noise_spacings(rows[:, kept], self.dequantise, lambda c: label(int(kept[c])))
+        class_prior = self._class_prior(np.bincount(of_class, weights))
+        names = getattr(self, "feature_names_in_", None)
+        columns = columns_of(rows, names, self.drop_constant, self.dequantise, least)
+        kept, constant, spacing = columns
         integers, real = kept[spacing > 0], kept[spacing == 0]
         random = check_random_state(self.random_state)
         densities: list[RawDensity] = []
         taken = 1
-        ridge = self.reg * with_noise(rows[:, kept], spacing).var(0)
+        ridge = self.reg * moments(with_noise(rows[:, kept], spacing), weights)[1]
         for k, name in enumerate(classes):
-            own = rows[of_class == k]
+            own, mass = rows[of_class == k], None if weights is None else weights[of_class == k]
             seed = int(random.randint(SEEDS))
             if self.density == "gaussian":
                 try:
-                    fitted = FittedGaussian.fit(with_noise(own[:, kept], spacing), ridge)
+                    fitted = FittedGaussian.fit(with_noise(own[:, kept], spacing), ridge, mass)
                 except ValueError as problem:
                     raise ValueError(f"class {name!r}: {problem}; give a larger reg") from None
                 densities.append(fitted)
@@ -172,11 +173,11 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
             within = real[constant_columns(own[:, real])]
             if len(within):
                 raise ValueError(
-                    f"{label(within[0])} is constant within class {name!r}, where it has no "
-                    f"density; leave it out, or take density='gaussian'"
+                    f"{labels(names)(within[0])} is constant within class {name!r}, where it has "
+                    f"no density; leave it out, or take density='gaussian'"
                 )
-            flow, history = fit_flow(
-                own[:, kept], spacing, self.get_params(), seed, name=f"class {name}"
+            flow, history, _ = fit_flow(
+                own[:, kept], spacing, self.get_params(), seed, f"class {name}", mass
             )
             densities.append(flow)
             taken = max(taken, len(history.epochs))
@@ -220,10 +221,14 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         return found
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """The share of rows whose class is predicted; ValueError for masked labels or weights."""
+        """The share of the rows' weight whose class is predicted.
+
+        ValueError for masked labels, and for weights that are not one a row, finite and not
+        negative.
+        """
         refuse_masked("y", y)
-        refuse_masked("sample_weight", sample_weight)
-        return float(super().score(X, y, sample_weight))
+        weights = checked_weights("sample_weight", sample_weight, len(y))
+        return float(super().score(X, y, weights))
 
     def decision_function(self, X: Any) -> Array:
         """:meth:`predict_joint_log_proba`; for two classes, the second's less the first's: (N,)."""

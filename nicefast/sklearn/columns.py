@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +26,31 @@ def dequantising(spacing: Array) -> Preprocessing:
     return Preprocessing((Dequantise(None, spacing=tuple(spacing.tolist())),))
 
 
-def standardising(rows: Array, spacing: Array) -> Preprocessing:
+def moments(rows: Array, weights: Array | None = None) -> tuple[Array, Array]:
+    """Mean and variance of each column, both (D,), by the ``weights`` (N,) of the rows.
+
+    >>> moments(np.array([[0.0], [3.0]]), np.array([2.0, 1.0]))
+    (array([1.]), array([2.]))
+    """
+    if weights is None:
+        return rows.mean(0), rows.var(0)
+    share = weights / weights.sum()
+    mean = share @ rows
+    return mean, share @ (rows - mean) ** 2
+
+
+def standardising(rows: Array, spacing: Array, weights: Array | None = None) -> Preprocessing:
     """Each column of ``rows + spacing u`` to mean 0 and standard deviation 1, u's part exact.
+
+    Mean and deviation are those by the ``weights`` (N,) of the rows.
 
     >>> steps = standardising(np.array([[0.0, 0.5], [2.0, 1.5]]), np.array([1.0, 0.0]))
     >>> x, _ = steps.forward(torch.tensor([[0.0, 0.5]], dtype=torch.float64), seed=1)
     >>> bool(0 <= steps.inverse(x.double())[0, 0] < 1), x[0, 1].item()
     (True, -1.0)
     """
-    mean = rows.mean(0) + 0.5 * spacing
-    variance = rows.var(0) + NOISE_VARIANCE * spacing**2
+    mean, variance = moments(rows, weights)
+    mean, variance = mean + 0.5 * spacing, variance + NOISE_VARIANCE * spacing**2
     step = Standardise(torch.from_numpy(mean), torch.from_numpy(np.sqrt(variance)))
     return Preprocessing((*dequantising(spacing).steps, step))
 
@@ -110,6 +125,39 @@ def refuse_constant(constant: Array, features: int, label: Callable[[int], str])
             f"{len(constant)} of {features} columns are constant and have no density: {shown}; "
             f"leave them out, or give drop_constant=True"
         )
+
+
+class Columns(NamedTuple):
+    """Numbers of the columns that vary and of the constant ones; the noise of those that vary."""
+
+    kept: Array
+    constant: Array
+    spacing: Array
+
+
+def columns_of(
+    rows: Array, names: Array | None, drop_constant: bool, dequantise: str | bool, least: int
+) -> Columns:
+    """Which columns of ``rows`` (N, D) a density is fitted to, and the width of their noise.
+
+    ValueError for constant columns unless they are dropped, for fewer than ``least`` others, and
+    as :func:`noise_spacings` does.
+
+    >>> columns_of(np.array([[1.0, 7.0], [2.5, 7.0]]), None, True, "auto", 1)
+    Columns(kept=array([0]), constant=array([1]), spacing=array([0.]))
+    """
+    label = labels(names)
+    constant = constant_columns(rows)
+    if not drop_constant:
+        refuse_constant(constant, rows.shape[1], label)
+    kept = np.setdiff1d(np.arange(rows.shape[1]), constant)
+    if len(kept) < least:
+        raise ValueError(
+            f"at least {least} columns that vary are needed, got n_features = {len(kept)} after "
+            f"{len(constant)} constant columns were dropped"
+        )
+    spacing = noise_spacings(rows[:, kept], dequantise, lambda c: label(int(kept[c])))
+    return Columns(kept, constant, spacing)
 
 
 def with_noise(rows: Array, spacing: Array, draw: int = 0) -> Array:

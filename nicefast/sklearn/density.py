@@ -14,8 +14,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ..checks import check_count
 from ..flow import NICE
 from ..preprocessing import Preprocessing
-from .columns import Array, constant_columns, labels, noise_spacings, refuse_constant, unmasked
+from .columns import Array, columns_of, unmasked
 from .fitted import FittedFlow, fit_flow, mean_log_prob, spacings_of
+from .weights import checked_weights, weighted_rows
 
 SEEDS = 2**31 - 1
 
@@ -70,8 +71,9 @@ class NICEDensity(DensityMixin, BaseEstimator):
 
     Raises:
         ValueError: in fit, for X of fewer than two rows or columns, with NaN or infinite values
-            or constant columns (named), and for hyperparameters that are not as above; in all
-            other methods, for X of other columns.
+            or constant columns (named), for weights that are not one a row, finite and not
+            negative, and for hyperparameters that are not as above; in all other methods, for X of
+            other columns.
         sklearn.exceptions.NotFittedError: before fit.
         FloatingPointError: the likelihood ceased to be finite: try a smaller ``lr``.
 
@@ -129,24 +131,25 @@ class NICEDensity(DensityMixin, BaseEstimator):
         self.dtype = dtype
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> NICEDensity:
-        """Fit to the rows of X (N, D), array or data frame; ``y`` is not looked at."""
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> NICEDensity:
+        """Fit to the rows of X (N, D), array or data frame; ``y`` is not looked at.
+
+        With ``sample_weight`` w (N,) the objective is ``sum_i w_i log p(x_i) / sum_i w_i``, over
+        the training rows, and over the validation rows where the epoch is chosen: a weight of 2
+        does what the row twice would do, and a row of weight 0 has no influence on anything.
+        """
         rows = validate_data(
             self, unmasked(X), dtype=np.float64, ensure_min_samples=2, ensure_min_features=2
         )
-        label = labels(getattr(self, "feature_names_in_", None))
-        constant = constant_columns(rows)
-        if not self.drop_constant:
-            refuse_constant(constant, rows.shape[1], label)
-        kept = np.setdiff1d(np.arange(rows.shape[1]), constant)
-        if len(kept) < 2:
-            raise ValueError(
-                f"at least 2 columns that vary are needed, got n_features = {len(kept)} after "
-                f"{len(constant)} constant columns were dropped"
-            )
-        spacing = noise_spacings(rows[:, kept], self.dequantise, lambda c: label(int(kept[c])))
+        weights = checked_weights("sample_weight", sample_weight, len(rows))
+        seen = weighted_rows(weights)
+        rows, weights = rows[seen], None if weights is None else weights[seen]
+        names = getattr(self, "feature_names_in_", None)
+        kept, constant, spacing = columns_of(rows, names, self.drop_constant, self.dequantise, 2)
         seed = int(check_random_state(self.random_state).randint(SEEDS))
-        self._flow, history = fit_flow(rows[:, kept], spacing, self.get_params(), seed)
+        self._flow, history, _ = fit_flow(
+            rows[:, kept], spacing, self.get_params(), seed, weights=weights
+        )
         self._kept, self._constants = kept, rows[0, constant]
         self.dropped_ = getattr(self, "feature_names_in_", np.arange(rows.shape[1]))[constant]
         self.integer_columns_ = kept[np.flatnonzero(spacing)]
@@ -164,12 +167,14 @@ class NICEDensity(DensityMixin, BaseEstimator):
         spacing = np.array(self._flow.columns.spacing or np.zeros(rows.shape[1]))
         return mean_log_prob(self._flow.log_prob, rows, spacing, self.noise_draws)
 
-    def score(self, X: Any, y: Any = None) -> float:
-        """Mean log-density of the rows of X, in nats, as GaussianMixture has it.
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Mean log-density of the rows of X, by their weights, in nats, as GaussianMixture has it.
 
         KernelDensity's ``score`` is the sum over rows, which depends on how many there are.
         """
-        return float(self.score_samples(X).mean())
+        scores = self.score_samples(X)
+        weights = checked_weights("sample_weight", sample_weight, len(scores))
+        return float(np.average(scores, weights=weights))
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Array:
         """``n_samples`` draws, (n_samples, D), float64, on X's own scale.

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..preprocessing import Preprocessing
 from ..runtime.devices import usable_device
 from ..runtime.precision import at_precision
 from ..training import Epoch, History, Recipe, fit, initialise
-from .columns import Array, dequantising, standardising, with_noise
+from .columns import Array, dequantising, moments, standardising, with_noise
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LEAST_SPLIT = 20  # rows: with fewer, the training rows are those of validation
@@ -99,14 +99,17 @@ class FittedGaussian:
     gaussian: Gaussian
 
     @classmethod
-    def fit(cls, rows: Array, ridge: Array) -> FittedGaussian:
+    def fit(cls, rows: Array, ridge: Array, weights: Array | None = None) -> FittedGaussian:
         """Mean and covariance by maximum likelihood, ``ridge`` (D,) added to the variances.
 
-        ValueError where the covariance is singular all the same.
+        A row counts as many times as its weight says. ValueError where the covariance is singular
+        all the same.
         """
-        mean = rows.mean(0)
+        mean, _ = moments(rows, weights)
         centred = rows - mean
-        covariance = torch.from_numpy(centred.T @ centred / len(rows) + np.diag(ridge))
+        counted = centred if weights is None else centred * weights[:, None]
+        mass = len(rows) if weights is None else weights.sum()
+        covariance = torch.from_numpy(counted.T @ centred / mass + np.diag(ridge))
         scale, failed = torch.linalg.cholesky_ex(covariance)
         diagonal = scale.diagonal() ** 2  # what is left of a variance, given those before it
         if failed or bool((diagonal <= _LEAST * covariance.diagonal()).any()):
@@ -127,13 +130,22 @@ class FittedGaussian:
         return cls(Gaussian(*(torch.tensor(state[n], device="cpu") for n in ("mean", "scale"))))
 
 
+class Trained(NamedTuple):
+    """A fitted flow, how the fit went, and the numbers of the rows that it was not trained on."""
+
+    flow: FittedFlow
+    history: History
+    held: Array
+
+
 def fit_flow(
     rows: Array,
     spacing: Array,
     options: dict[str, Any],
     seed: int,
     name: str = "NICE",
-) -> tuple[FittedFlow, History]:
+    weights: Array | None = None,
+) -> Trained:
     """Fit a flow to raw rows (N, D), N and D at least 2, no column constant but noisy ones.
 
     Args:
@@ -142,6 +154,7 @@ def fit_flow(
         options: the estimators' hyperparameters, by name.
         seed: of everything random.
         name: what is being fitted, for the lines that ``verbose`` prints.
+        weights: (N,), above zero, on any scale; None for equal ones.
 
     Raises:
         ValueError, TypeError: a hyperparameter that is not what it should be, by its name.
@@ -158,18 +171,23 @@ def fit_flow(
         validation_draws=1,
     )
     model = _model(rows.shape[1], options, seed)
-    columns = standardising(rows, spacing) if options["standardise"] else dequantising(spacing)
+    columns = dequantising(spacing)
+    if options["standardise"]:
+        columns = standardising(rows, spacing, weights)
     whole = torch.from_numpy(rows)
-    initialise(model, "data", columns.forward(whole, seed)[0])
+    scaled = None if weights is None else torch.from_numpy(weights / weights.mean())
+    initialise(model, "data", columns.forward(whole, seed)[0], weights=scaled)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator, device="cpu")
     held = max(1, round(share * len(rows))) if share and len(rows) >= LEAST_SPLIT else 0
     held = min(held, len(rows) - 1)
-    train, validation = whole[order[held:]], whole[order[:held]] if held else whole
-    data = Dataset(name, None, train, validation, whole[:0])
+    train, chosen = order[held:], order[:held] if held else order
+    of = None if scaled is None else (scaled[train] / scaled[train].mean(), scaled[chosen])
+    data = Dataset(name, None, whole[train], whole[chosen], whole[:0], weights=of)
     report = _printer(name) if options["verbose"] else None
     history = fit(model, data, columns, recipe, seed=seed, progress=report)
-    return FittedFlow(model.to(DTYPES[dtype]).eval(), columns), history
+    fitted = FittedFlow(model.to(DTYPES[dtype]).eval(), columns)
+    return Trained(fitted, history, order[:held].numpy())
 
 
 def mean_log_prob(

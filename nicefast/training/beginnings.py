@@ -16,7 +16,9 @@ from .recipe import STARTS
 
 
 @torch.no_grad()
-def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
+def init_scaling(
+    model: NICE, x: Tensor, limit: float = math.inf, weights: Tensor | None = None
+) -> None:
     """Set ``log_scale`` to ``log(prior standard deviation / data standard deviation)``.
 
     With couplings that begin near the identity, latent features then begin at the prior's own
@@ -26,6 +28,7 @@ def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
         model: the flow.
         x: (N, \\*event_shape), two or more rows.
         limit: most that log_scale is set to.
+        weights: (N,), by which the standard deviation is taken; None for equal ones.
 
     Raises ValueError where a feature of ``x`` is constant or not finite, or the limit is NaN;
     TypeError for arguments of a wrong kind.
@@ -38,7 +41,7 @@ def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
     check_type("model", model, NICE, "a nicefast.NICE")
     check_tensor("x", x)
     check_number("limit", limit, finite=False)
-    deviation = x.flatten(1).double().std(0)
+    deviation = _deviation(x.flatten(1).double(), weights)
     unusable = (~(deviation > 0) | ~deviation.isfinite()).nonzero().flatten().tolist()
     if unusable:
         raise ValueError(
@@ -52,8 +55,17 @@ def init_scaling(model: NICE, x: Tensor, limit: float = math.inf) -> None:
 
 
 @torch.no_grad()
-def initialise(model: NICE, start: str, x: Tensor, limit: float = math.inf) -> None:
-    """Where training begins: see ``start`` of :class:`Recipe`; ``x`` are preprocessed rows."""
+def initialise(
+    model: NICE,
+    start: str,
+    x: Tensor,
+    limit: float = math.inf,
+    weights: Tensor | None = None,
+) -> None:
+    """Where training begins: see ``start`` of :class:`Recipe`; ``x`` are preprocessed rows.
+
+    ``limit`` and ``weights`` are those of :func:`init_scaling`.
+    """
     check_type("model", model, NICE, "a nicefast.NICE")
     check_choice("start", start, STARTS)
     for coupling in model.couplings:
@@ -66,6 +78,14 @@ def initialise(model: NICE, start: str, x: Tensor, limit: float = math.inf) -> N
                 nn.init.uniform_(layer.weight, -0.01, 0.01)
             nn.init.zeros_(layer.bias)
     if start == "data":
-        init_scaling(model, x, limit)
+        init_scaling(model, x, limit, weights)
     else:
         model.scaling.log_scale.zero_()
+
+
+def _deviation(x: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return x.std(0)
+    share = (weights.double() / weights.double().sum()).to(x.device)
+    unbiased = len(x) / (len(x) - 1)  # as std has it: weights that are all the same change nothing
+    return (unbiased * (share @ (x - share @ x) ** 2)).sqrt()

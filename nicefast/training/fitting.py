@@ -58,6 +58,8 @@ def fit(
 ) -> History:
     """Maximise the training rows' mean ``log_prob``; ``model`` ends with the best epoch's weights.
 
+    Where ``data`` has weights, the mean is ``sum_i w_i log p(x_i) / N``, and so is validation's.
+
     Every epoch shuffles the training rows and dequantises them afresh, with noise from a counter.
     Validation scores the moving average of the weights, with the same noise each time. The test
     rows are not looked at. Call :func:`initialise` or :func:`init_scaling` first.
@@ -79,8 +81,8 @@ def fit(
 
     Raises:
         TypeError: an argument of a wrong kind.
-        ValueError: no training row; a seed out of range; a snapshot that is missing, damaged, or
-            of another fit.
+        ValueError: no training row; weights that are negative, not finite, all zero or not one a
+            row; a seed out of range; a snapshot that is missing, damaged, or of another fit.
         FloatingPointError: the log-likelihood became non-finite; names the step.
 
     >>> from nicefast.data import load_data
@@ -149,6 +151,8 @@ class _Fit:
         self.dtype = model.scaling.log_scale.dtype
         self.check_every = 1 if self.device.type == "cpu" else CHECK_EVERY
         self.rows = _resident(data.train, self.device)
+        weights, self.validation_weights = _checked_weights(data)
+        self.weights = None if weights is None else weights.to(self.rows.device, self.dtype)
         self.steps_each = -(-len(data.train) // recipe.batch_size)
         self.average = copy.deepcopy(model).eval()
         self.step = Step(
@@ -215,6 +219,7 @@ class _Fit:
             recipe.validation_draws if self.preprocessing.noisy else 1,
             self.seed,
             self.ranks,
+            self.validation_weights,
         )
         if not math.isfinite(held):
             raise FloatingPointError(self._not_finite(f"validation after step {self.taken}"))
@@ -252,9 +257,11 @@ class _Fit:
         consumed += place * recipe.batch_size + share.start
         raw = self.rows[chosen[share]].to(self.device)
         x, _ = self.preprocessing.forward(raw, TRAINING_NOISE + self.seed, consumed)
-        self.step(
-            x.to(self.dtype), lr, momentum, len(chosen), full=len(chosen) == recipe.batch_size
-        )
+        weights = None
+        if self.weights is not None:
+            weights = self.weights[chosen[share]].to(self.device)
+        full = len(chosen) == recipe.batch_size
+        self.step(x.to(self.dtype), lr, momentum, len(chosen), full, weights)
         self.taken += 1
         if recipe.averaging and self.taken % recipe.average_every == 0:
             # a short memory at first, or the initial weights would linger in the average
@@ -326,6 +333,7 @@ class _Fit:
 
     def _splits(self) -> Iterator[Tensor]:
         yield from (self.data.train, self.data.validation, self.data.test)
+        yield from self.data.weights or ()
 
     def restore(self) -> None:
         if self.snapshot is None:
@@ -414,6 +422,19 @@ def _check_weights(group: str, model: NICE, given: Mapping[str, Tensor]) -> None
     for name, p in model.named_parameters(remove_duplicate=False):
         if given[name].dtype != p.dtype or not p.isfinite().all():
             raise ValueError(f"{group}.{name} is {given[name].dtype}, or not finite")
+
+
+def _checked_weights(data: Dataset) -> tuple[Tensor | None, Tensor | None]:
+    if data.weights is None:
+        return None, None
+    for weights, rows in zip(data.weights, (data.train, data.validation), strict=True):
+        if weights.shape != (len(rows),):
+            raise ValueError(
+                f"data.weights must be one a row, ({len(rows)},), got {tuple(weights.shape)}"
+            )
+        if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+            raise ValueError("data.weights must be finite, none negative and some positive")
+    return data.weights
 
 
 def _mixed(seed: int, number: int) -> int:

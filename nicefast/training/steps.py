@@ -20,14 +20,15 @@ WARM_UP = 3  # real steps before the capture: kernels are compiled, the optimise
 
 
 class _Sum(nn.Module):
-    """The sum of log-densities: what DistributedDataParallel can call."""
+    """The sum of log-densities, by weights of rows: what DistributedDataParallel can call."""
 
     def __init__(self, model: NICE, objective: str) -> None:
         super().__init__()
         self.density = density(model, objective)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.density.log_prob(x).sum()
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        log_prob = self.density.log_prob(x)
+        return log_prob.sum() if weights is None else (log_prob * weights).sum()
 
 
 class Step:
@@ -51,7 +52,7 @@ class Step:
         summed: nn.Module = _Sum(model, objective)
         if ranks.world > 1:
             summed = DistributedDataParallel(summed)
-        self._sum: Callable[[Tensor], Tensor] = summed
+        self._sum: Callable[..., Tensor] = summed
         self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._taken = torch.zeros((), dtype=torch.int64, device=device)
         self._bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -59,11 +60,23 @@ class Step:
         # and a flow with a grid looks at its range, on the host
         self._captures = device.type == "cuda" and ranks.world == 1 and model.grid is None
         self._warm = 0
-        self._graph: tuple[Callable[[], None], Tensor] | None = None
+        self._graph: tuple[Callable[[], None], list[Tensor]] | None = None
         self._turns = captures.Turns(device)
 
-    def __call__(self, x: Tensor, lr: float, momentum: float | None, rows: int, full: bool) -> None:
-        """Take a step along the gradient of the mean over the ``rows`` of all ranks."""
+    def __call__(
+        self,
+        x: Tensor,
+        lr: float,
+        momentum: float | None,
+        rows: int,
+        full: bool,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Take a step along the gradient of the mean over the ``rows`` of all ranks.
+
+        With ``weights`` (one a row of x) the mean is ``sum_i w_i log p(x_i) / rows``. All steps
+        have weights, or none has.
+        """
         for group in self.optimiser.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -73,31 +86,33 @@ class Step:
                 group["momentum"] = momentum  # a number that a graph has within it
                 self._graph, self._warm = None, 0
         with self._turns:  # the weights are one memory, whatever stream a step is taken on
-            self._take_or_replay(x, rows, full)
+            given = [x] if weights is None else [x, weights]
+            self._take_or_replay(given, rows, full)
 
-    def _take_or_replay(self, x: Tensor, rows: int, full: bool) -> None:
+    def _take_or_replay(self, given: list[Tensor], rows: int, full: bool) -> None:
         if not (self._captures and full):
-            self._take(x, rows)
+            self._take(given, rows)
             return
         if self._graph is None and self._warm < WARM_UP:
             self._warm += 1
             with captures.on_capture_stream(self.device):
-                self._take(x, rows)
+                self._take(given, rows)
             return
         if self._graph is None:
-            self._graph = self._capture(x, rows)
-        replay, given = self._graph
-        given.copy_(x)
+            self._graph = self._capture(given, rows)
+        replay, places = self._graph
+        for place, value in zip(places, given, strict=True):
+            place.copy_(value)
         replay()
 
-    def _capture(self, x: Tensor, rows: int) -> tuple[Callable[[], None], Tensor]:
-        given = x.clone()
+    def _capture(self, given: list[Tensor], rows: int) -> tuple[Callable[[], None], list[Tensor]]:
+        places = [value.clone() for value in given]
         self.optimiser.zero_grad(set_to_none=True)
-        replay, _ = captures.capture(lambda: self._take(given, rows), self.device)
-        return replay, given
+        replay, _ = captures.capture(lambda: self._take(places, rows), self.device)
+        return replay, places
 
-    def _take(self, x: Tensor, rows: int) -> None:
-        total = self._sum(x)
+    def _take(self, given: list[Tensor], rows: int) -> None:
+        total = self._sum(*given)
         self.optimiser.zero_grad(set_to_none=True)
         # DistributedDataParallel takes the mean over ranks where the sum is wanted
         (total * (-self.ranks.world / rows)).backward()

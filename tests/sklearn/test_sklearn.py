@@ -28,8 +28,12 @@ from nicefast.sklearn import NICEClassifier, NICEDensity
 from nicefast.sklearn.columns import labels, noise_spacings, with_noise
 
 QUICK = {"hidden": (8,), "couplings": 2, "epochs": 2, "random_state": 0}
-#: checks of scikit-learn's that are expected to fail, with the reason: there are none
-EXCLUDED: dict[str, str] = {}
+#: checks of scikit-learn's that are expected to fail, with the reason; test_sample_weight has ours
+EXCLUDED: dict[str, dict[str, str]] = {
+    "NICEClassifier": {
+        "check_sample_weight_equivalence_on_dense_data": "a class of one row has no density"
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +101,9 @@ def test_what_is_masked_is_missing(iris):
 )
 def test_scikit_learns_checks(estimator):
     passed = 0
-    for one, check in estimator_checks_generator(estimator, expected_failed_checks=EXCLUDED):
+    excluded = EXCLUDED.get(type(estimator).__name__)
+    checks = estimator_checks_generator(estimator, expected_failed_checks=excluded, mark="skip")
+    for one, check in checks:
         try:
             check(one)
             passed += 1

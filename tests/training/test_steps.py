@@ -22,26 +22,28 @@ def capturing(monkeypatch):
     """Steps that believe themselves on a GPU; returns how often a graph was captured."""
     captures = []
 
-    def capture(self, x, rows):
-        given = x.clone()
+    def capture(self, given, rows):
+        places = [value.clone() for value in given]
         captures.append(rows)
-        return (lambda: self._take(given, rows)), given
+        return (lambda: self._take(places, rows)), places
 
     monkeypatch.setattr(Step, "_capture", capture)
     monkeypatch.setattr(steps.captures, "on_capture_stream", lambda _: contextlib.nullcontext())
     return captures
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
-def test_replayed_steps_are_the_steps(capturing, name):
+def test_replayed_steps_are_the_steps(capturing, name, weighted):
     plain, graphed = tiny_model(), tiny_model()
     eager, replayed = step_of(plain, name=name), step_of(graphed, name=name)
     replayed._captures = True
     for i in range(9):
         x = torch.randn(32 if i != 6 else 7, 4, generator=torch.Generator().manual_seed(i))
         momentum = 0.5 * (i > 7) if name == "rmsprop" else None
+        weights = x[:, 0].abs() if weighted else None
         for step in (eager, replayed):
-            step(x, 1e-2 / (i + 1), momentum, len(x), full=len(x) == 32)
+            step(x, 1e-2 / (i + 1), momentum, len(x), len(x) == 32, weights)
     assert torch.equal(flat(plain), flat(graphed))
     assert eager.take_total() == replayed.take_total() != 0
     assert eager.take_total() == 0
