@@ -31,7 +31,7 @@ from .fitted import (
     mean_log_prob,
     spacings_of,
 )
-from .weights import checked_weights, weighted_rows
+from .weights import checked_weights, class_priors, class_weights, weighted_rows
 
 DENSITIES = ("nice", "gaussian")
 
@@ -43,8 +43,13 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         density: ``"nice"``: a flow, fitted to the class's rows as :class:`NICEDensity` is; or
             ``"gaussian"``, for comparison: a normal density of full covariance by maximum
             likelihood.
-        priors: p(class), in the order of ``classes_``, adding up to 1; None for the frequencies in
-            fit.
+        priors: p(class), in the order of ``classes_``, adding up to 1; ``"uniform"`` for 1 / K;
+            None for the classes' shares of the rows' weight in fit.
+        class_weight: factors of the rows' weights: ``"balanced"``, as if all classes had the same
+            weight, or a dict from labels to factors (1 for those that are not in it). A class's
+            density is the same whatever its factor: ``class_weight`` decides on p(class) where
+            ``priors`` is None, and on nothing where priors are given. So ``"balanced"`` and
+            ``priors="uniform"`` are the same model.
         reg: of ``"gaussian"`` alone: to each column's variance in each class, this share of its
             variance over all classes is added, without which the covariance of few rows is
             singular.
@@ -80,6 +85,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         *,
         density: str = "nice",
         priors: Any = None,
+        class_weight: Any = None,
         reg: float = 1e-4,
         hidden: Sequence[int] = (256,),
         couplings: int = 8,
@@ -104,6 +110,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.density = density
         self.priors = priors
+        self.class_weight = class_weight
         self.reg = reg
         self.hidden = hidden
         self.couplings = couplings
@@ -151,7 +158,9 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"class {classes[counts.argmin()]!r} has 1 sample, a density needs 2 or more"
             )
-        class_prior = self._class_prior(np.bincount(of_class, weights))
+        mass = np.bincount(of_class, weights)
+        mass = mass * class_weights(self.class_weight, classes, mass)
+        class_prior = class_priors(self.priors, mass)
         names = getattr(self, "feature_names_in_", None)
         columns = columns_of(rows, names, self.drop_constant, self.dequantise, least)
         kept, constant, spacing = columns
@@ -161,11 +170,14 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         taken = 1
         ridge = self.reg * moments(with_noise(rows[:, kept], spacing), weights)[1]
         for k, name in enumerate(classes):
-            own, mass = rows[of_class == k], None if weights is None else weights[of_class == k]
+            own, counted = (
+                rows[of_class == k],
+                weights if weights is None else weights[of_class == k],
+            )
             seed = int(random.randint(SEEDS))
             if self.density == "gaussian":
                 try:
-                    fitted = FittedGaussian.fit(with_noise(own[:, kept], spacing), ridge, mass)
+                    fitted = FittedGaussian.fit(with_noise(own[:, kept], spacing), ridge, counted)
                 except ValueError as problem:
                     raise ValueError(f"class {name!r}: {problem}; give a larger reg") from None
                 densities.append(fitted)
@@ -177,7 +189,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
                     f"no density; leave it out, or take density='gaussian'"
                 )
             flow, history, _ = fit_flow(
-                own[:, kept], spacing, self.get_params(), seed, f"class {name}", mass
+                own[:, kept], spacing, self.get_params(), seed, f"class {name}", counted
             )
             densities.append(flow)
             taken = max(taken, len(history.epochs))
@@ -235,20 +247,6 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         joint = self.predict_joint_log_proba(X)
         return joint[:, 1] - joint[:, 0] if joint.shape[1] == 2 else joint
 
-    def _class_prior(self, counts: Array) -> Array:
-        if self.priors is None:
-            return counts / counts.sum()
-        refuse_masked("priors", self.priors)
-        try:
-            priors = np.asarray(self.priors, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise TypeError(f"priors must be numbers, got {self.priors!r}") from None
-        if priors.shape != counts.shape:
-            raise ValueError(f"priors must be {len(counts)}, one a class, got {priors.shape}")
-        if not (priors >= 0).all() or not np.isclose(priors.sum(), 1):
-            raise ValueError(f"priors must not be negative and add up to 1, got {self.priors!r}")
-        return priors
-
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "classes_")
 
@@ -259,7 +257,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
+        state = {"class_weight": None} | dict(state)  # 0.1.0 had none
         if "_noisy" in state:  # pickled by 0.1.0: numbers of the columns of integers
             state["_spacing"] = spacings_of(state.pop("_noisy"), len(state["_kept"]))
             state["spacings_"] = spacings_of(state["integer_columns_"], state["n_features_in_"])

@@ -117,7 +117,7 @@ def test_scikit_learns_checks(estimator):
 
 def test_defaults_can_be_checked_and_are_passed_through():
     density, classifier = NICEDensity().get_params(), NICEClassifier().get_params()
-    own = {"density", "priors", "reg"}
+    own = {"density", "priors", "class_weight", "reg"}
     assert {k: v for k, v in classifier.items() if k not in own} == density
     made = NICEDensity(**QUICK, lr=1e-2)
     assert clone(made).get_params() == made.get_params()
@@ -401,7 +401,13 @@ def test_classes_share_what_is_integer_and_what_is_constant():
         ({"reg": "a"}, "reg must be non-negative and finite, got 'a'"),
         ({"reg": None}, "reg must be non-negative and finite, got None"),
         ({"density": None}, "density must be one of nice, gaussian, got None"),
-        ({"priors": "a"}, "priors must be numbers, got 'a'"),
+        ({"priors": "a"}, "priors must be numbers, 'uniform' or None, got 'a'"),
+        ({"class_weight": "a"}, "class_weight must be None, 'balanced' or a dict, got 'a'"),
+        ({"class_weight": [1, 2, 3]}, "class_weight must be None, 'balanced' or a dict"),
+        ({"class_weight": {7: 1.0}}, r"class_weight must have labels of y, \[0, 1, 2\], got 7"),
+        ({"class_weight": {0: -1.0}}, "finite and not negative, got -1.0 for 0"),
+        ({"class_weight": {0: "a"}}, "class_weight must be numbers, got 'a' for 0"),
+        ({"class_weight": {0: 0, 1: 0, 2: 0}}, "positive for some class, got zero for all"),
     ],
 )
 def test_wrong_hyperparameters_of_the_classifier_are_named(options, message, iris):
