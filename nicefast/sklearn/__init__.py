@@ -1,7 +1,9 @@
 """NICE flows as scikit-learn estimators, for Pipeline, GridSearchCV and clone. Needs scikit-learn.
 
 density      NICEDensity: beside KernelDensity and GaussianMixture
+outliers     NICEOutlierDetector: a density with a threshold, beside IsolationForest
 classifier   NICEClassifier: Bayes' rule over one density for each class
+weights      weights of rows and of classes
 columns      integer columns and their noise, constant columns and their names
 fitted       fitted densities of raw rows, to safetensors bytes and back
 """
@@ -17,5 +19,6 @@ except ImportError:
 
 from .classifier import NICEClassifier
 from .density import NICEDensity
+from .outliers import NICEOutlierDetector
 
-__all__ = ["NICEClassifier", "NICEDensity"]
+__all__ = ["NICEClassifier", "NICEDensity", "NICEOutlierDetector"]

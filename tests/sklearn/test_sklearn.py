@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from nicefast.data import load_data
-from nicefast.sklearn import NICEClassifier, NICEDensity
+from nicefast.sklearn import NICEClassifier, NICEDensity, NICEOutlierDetector
 from nicefast.sklearn.columns import labels, noise_spacings, with_noise
 
 QUICK = {"hidden": (8,), "couplings": 2, "epochs": 2, "random_state": 0}
@@ -32,6 +32,9 @@ QUICK = {"hidden": (8,), "couplings": 2, "epochs": 2, "random_state": 0}
 EXCLUDED: dict[str, dict[str, str]] = {
     "NICEClassifier": {
         "check_sample_weight_equivalence_on_dense_data": "a class of one row has no density"
+    },
+    "NICEOutlierDetector": {
+        "check_sample_weight_equivalence_on_dense_data": "random minibatches and validation rows"
     },
 }
 
@@ -96,8 +99,9 @@ def test_what_is_masked_is_missing(iris):
         NICEDensity(**QUICK, standardise=False, dequantise=False),
         NICEClassifier(**QUICK),
         NICEClassifier(density="gaussian"),
+        NICEOutlierDetector(**QUICK),
     ],
-    ids=["density", "density-plain", "classifier", "classifier-gaussian"],
+    ids=["density", "density-plain", "classifier", "classifier-gaussian", "outliers"],
 )
 def test_scikit_learns_checks(estimator):
     passed = 0
