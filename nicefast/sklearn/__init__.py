@@ -4,6 +4,7 @@ density      NICEDensity: beside KernelDensity and GaussianMixture
 outliers     NICEOutlierDetector: a density with a threshold, beside IsolationForest
 classifier   NICEClassifier: Bayes' rule over one density for each class
 weights      weights of rows and of classes
+validation   rows that the caller brings to choose the epoch by
 columns      integer columns and their noise, constant columns and their names
 fitted       fitted densities of raw rows, to safetensors bytes and back
 """

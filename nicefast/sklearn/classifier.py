@@ -31,6 +31,7 @@ from .fitted import (
     mean_log_prob,
     spacings_of,
 )
+from .validation import by_class, validation_rows
 from .weights import checked_weights, class_priors, class_weights, weighted_rows
 
 DENSITIES = ("nice", "gaussian")
@@ -106,7 +107,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         random_state: Any = None,
         device: Any = None,
         dtype: str = "float64",
-        verbose: bool = False,
+        verbose: int = 0,
     ) -> None:
         self.density = density
         self.priors = priors
@@ -133,12 +134,18 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         self.dtype = dtype
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> NICEClassifier:
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, validation_data: Any = None
+    ) -> NICEClassifier:
         """Fit a density to the rows of each class: X (N, D), y (N,).
 
         With ``sample_weight`` w (N,), each class's density maximises the weighted
         mean of its log-densities, and the frequency of a class is its share of the weight. A row
         of weight 0 has no influence on anything; a class of such rows is no class.
+
+        ``validation_data``, ``(X, y)`` or ``(X, y, sample_weight)`` with rows of every class,
+        takes the place of the rows that are held out of each class's, as in
+        :meth:`NICEDensity.fit`.
         """
         check_choice("density", self.density, DENSITIES)
         if not is_number(self.reg) or not 0 <= self.reg < np.inf:
@@ -150,15 +157,16 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         )
         check_classification_targets(y)
         weights = checked_weights("sample_weight", sample_weight, len(rows))
+        validation = validation_rows(self, validation_data, labelled=True)
         seen = weighted_rows(weights)
         rows, y, weights = rows[seen], y[seen], None if weights is None else weights[seen]
-        classes, of_class = np.unique(y, return_inverse=True)
-        counts = np.bincount(of_class)
+        classes, number = np.unique(y, return_inverse=True)
+        counts = np.bincount(number)
         if counts.min() < 2:
             raise ValueError(
                 f"class {classes[counts.argmin()]!r} has 1 sample, a density needs 2 or more"
             )
-        mass = np.bincount(of_class, weights)
+        mass = np.bincount(number, weights)
         mass = mass * class_weights(self.class_weight, classes, mass)
         class_prior = class_priors(self.priors, mass)
         names = getattr(self, "feature_names_in_", None)
@@ -169,11 +177,8 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         densities: list[RawDensity] = []
         taken = 1
         ridge = self.reg * moments(with_noise(rows[:, kept], spacing), weights)[1]
-        for k, name in enumerate(classes):
-            own, counted = (
-                rows[of_class == k],
-                weights if weights is None else weights[of_class == k],
-            )
+        for k, (name, part) in enumerate(zip(classes, by_class(validation, classes), strict=True)):
+            own, counted = rows[number == k], None if weights is None else weights[number == k]
             seed = int(random.randint(SEEDS))
             if self.density == "gaussian":
                 try:
@@ -189,7 +194,13 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
                     f"no density; leave it out, or take density='gaussian'"
                 )
             flow, history, _ = fit_flow(
-                own[:, kept], spacing, self.get_params(), seed, f"class {name}", counted
+                own[:, kept],
+                spacing,
+                self.get_params(),
+                seed,
+                f"class {name}",
+                counted,
+                part and (part[0][:, kept], part[1]),
             )
             densities.append(flow)
             taken = max(taken, len(history.epochs))

@@ -16,6 +16,7 @@ from ..flow import NICE
 from ..preprocessing import Preprocessing
 from .columns import Array, columns_of, unmasked
 from .fitted import FittedFlow, fit_flow, mean_log_prob, spacings_of
+from .validation import validation_rows
 from .weights import checked_weights, weighted_rows
 
 SEEDS = 2**31 - 1
@@ -44,7 +45,8 @@ class NICEDensity(DensityMixin, BaseEstimator):
         lr: the learning rate, of AdamW.
         weight_decay: decoupled, on weight matrices.
         validation_fraction: share of the rows that decide on the best epoch and are not trained
-            on. With 0, or fewer than 20 rows, the training rows do.
+            on. With 0, or fewer than 20 rows, the training rows do. Where fit is given
+            ``validation_data``, this is not looked at.
         standardise: give every column mean 0 and standard deviation 1 first (those of all rows).
         drop_constant: leave constant columns out, see ``dropped_``; otherwise they are an error.
         dequantise: which columns get noise: ``"auto"`` (those to which
@@ -57,7 +59,8 @@ class NICEDensity(DensityMixin, BaseEstimator):
         dtype: of scoring and sampling: ``"float64"``, where a row's score is the same to 1e-10
             whatever rows are beside it, or ``"float32"``, to 1e-5 and several times faster.
             Training is float32.
-        verbose: print a line after each epoch.
+        verbose: 0 for silence; 1 to print a line for the first epoch, each tenth and the end; 2 for
+            a line after each epoch. False is 0 and True is 1.
 
     Attributes:
         model_: :class:`nicefast.NICE`, of preprocessed rows of the columns that were kept.
@@ -72,8 +75,8 @@ class NICEDensity(DensityMixin, BaseEstimator):
     Raises:
         ValueError: in fit, for X of fewer than two rows or columns, with NaN or infinite values
             or constant columns (named), for weights that are not one a row, finite and not
-            negative, and for hyperparameters that are not as above; in all other methods, for X of
-            other columns.
+            negative, for ``validation_data`` of other columns, and for hyperparameters that are
+            not as above; in all other methods, for X of other columns.
         sklearn.exceptions.NotFittedError: before fit.
         FloatingPointError: the likelihood ceased to be finite: try a smaller ``lr``.
 
@@ -108,7 +111,7 @@ class NICEDensity(DensityMixin, BaseEstimator):
         random_state: Any = None,
         device: Any = None,
         dtype: str = "float64",
-        verbose: bool = False,
+        verbose: int = 0,
     ) -> None:
         self.hidden = hidden
         self.couplings = couplings
@@ -131,24 +134,37 @@ class NICEDensity(DensityMixin, BaseEstimator):
         self.dtype = dtype
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> NICEDensity:
+    def fit(
+        self, X: Any, y: Any = None, sample_weight: Any = None, *, validation_data: Any = None
+    ) -> NICEDensity:
         """Fit to the rows of X (N, D), array or data frame; ``y`` is not looked at.
 
         With ``sample_weight`` w (N,) the objective is ``sum_i w_i log p(x_i) / sum_i w_i``, over
         the training rows, and over the validation rows where the epoch is chosen: a weight of 2
         does what the row twice would do, and a row of weight 0 has no influence on anything.
+
+        ``validation_data``, X or ``(X, y)`` or ``(X, y, sample_weight)`` with a y that is not
+        looked at, chooses the epoch instead of a random share of the rows, all of which are then
+        trained on. It is an argument of fit since it is data: ``clone`` and searches handle
+        parameters. A Pipeline does not transform it unless it is told to (``transform_input``).
         """
         rows = validate_data(
             self, unmasked(X), dtype=np.float64, ensure_min_samples=2, ensure_min_features=2
         )
         weights = checked_weights("sample_weight", sample_weight, len(rows))
+        validation = validation_rows(self, validation_data)
         seen = weighted_rows(weights)
         rows, weights = rows[seen], None if weights is None else weights[seen]
         names = getattr(self, "feature_names_in_", None)
         kept, constant, spacing = columns_of(rows, names, self.drop_constant, self.dequantise, 2)
         seed = int(check_random_state(self.random_state).randint(SEEDS))
         self._flow, history, _ = fit_flow(
-            rows[:, kept], spacing, self.get_params(), seed, weights=weights
+            rows[:, kept],
+            spacing,
+            self.get_params(),
+            seed,
+            weights=weights,
+            validation=validation and (validation.rows[:, kept], validation.weights),
         )
         self._kept, self._constants = kept, rows[0, constant]
         self.dropped_ = getattr(self, "feature_names_in_", np.arange(rows.shape[1]))[constant]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..baselines import Gaussian
-from ..checks import check_choice, check_count, check_type, is_number
+from ..checks import as_integer, check_choice, check_count, check_type, is_number
 from ..data import Dataset
 from ..evaluation import SCORING_ROWS
 from ..flow import NICE
@@ -29,6 +29,7 @@ from ..training import Epoch, History, Recipe, fit, initialise
 from .columns import Array, dequantising, moments, standardising, with_noise
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+VERBOSE_EVERY = 10  # epochs to a line, with verbose=1
 LEAST_SPLIT = 20  # rows: with fewer, the training rows are those of validation
 
 
@@ -145,6 +146,7 @@ def fit_flow(
     seed: int,
     name: str = "NICE",
     weights: Array | None = None,
+    validation: tuple[Array, Array | None] | None = None,
 ) -> Trained:
     """Fit a flow to raw rows (N, D), N and D at least 2, no column constant but noisy ones.
 
@@ -155,6 +157,7 @@ def fit_flow(
         seed: of everything random.
         name: what is being fitted, for the lines that ``verbose`` prints.
         weights: (N,), above zero, on any scale; None for equal ones.
+        validation: rows that choose the epoch, and their weights; None for a share of ``rows``.
 
     Raises:
         ValueError, TypeError: a hyperparameter that is not what it should be, by its name.
@@ -179,13 +182,27 @@ def fit_flow(
     initialise(model, "data", columns.forward(whole, seed)[0], weights=scaled)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator, device="cpu")
-    held = max(1, round(share * len(rows))) if share and len(rows) >= LEAST_SPLIT else 0
-    held = min(held, len(rows) - 1)
-    train, chosen = order[held:], order[:held] if held else order
-    of = None if scaled is None else (scaled[train] / scaled[train].mean(), scaled[chosen])
-    data = Dataset(name, None, whole[train], whole[chosen], whole[:0], weights=of)
-    report = _printer(name) if options["verbose"] else None
+    splits = validation is None and share and len(rows) >= LEAST_SPLIT
+    held = min(max(1, round(share * len(rows))), len(rows) - 1) if splits else 0
+    train, chosen = order[held:], whole[order[:held] if held else order]
+    of_chosen = None if scaled is None else scaled[order[:held] if held else order]
+    if validation is not None:
+        chosen = torch.from_numpy(validation[0])
+        of_chosen = None if validation[1] is None else torch.from_numpy(validation[1])
+    of = None
+    if scaled is not None or of_chosen is not None:
+        own = torch.ones(len(train)) if scaled is None else scaled[train]
+        of = (own / own.mean(), torch.ones(len(chosen)) if of_chosen is None else of_chosen)
+    data = Dataset(name, None, whole[train], chosen, whole[:0], weights=of)
+    level = check_verbose(options["verbose"])
+    report = _printer(name, level, recipe.epochs) if level else None
     history = fit(model, data, columns, recipe, seed=seed, progress=report)
+    if level:
+        best = history.best
+        print(
+            f"[{name}] {len(history.epochs)} epochs, the best was {best.epoch}: "
+            f"validation {best.validation:.4f} nats"
+        )
     fitted = FittedFlow(model.to(DTYPES[dtype]).eval(), columns)
     return Trained(fitted, history, order[:held].numpy())
 
@@ -225,8 +242,22 @@ def _model(features: int, options: dict[str, Any], seed: int) -> NICE:
     return model.to(usable_device(device))
 
 
-def _printer(name: str) -> Callable[[Epoch], None]:
+def check_verbose(verbose: Any) -> int:
+    """0 for silence, 1 or 2; False is 0 and True is 1. ValueError for anything else.
+
+    >>> check_verbose(True), check_verbose(2)
+    (1, 2)
+    """
+    level = int(verbose) if isinstance(verbose, bool) else as_integer(verbose)
+    if level is None or not 0 <= level <= 2:
+        raise ValueError(f"verbose must be 0, 1 or 2, got {verbose!r}")
+    return level
+
+
+def _printer(name: str, level: int, last: int) -> Callable[[Epoch], None]:
     def report(epoch: Epoch) -> None:
+        if level == 1 and epoch.epoch % VERBOSE_EVERY and epoch.epoch not in {1, last}:
+            return
         print(
             f"[{name}] epoch {epoch.epoch}: train {epoch.train:.4f}, "
             f"validation {epoch.validation:.4f} nats, {epoch.seconds:.1f} s"

@@ -75,7 +75,7 @@ class NICEOutlierDetector(OutlierMixin, NICEDensity):
         random_state: Any = None,
         device: Any = None,
         dtype: str = "float64",
-        verbose: bool = False,
+        verbose: int = 0,
     ) -> None:
         super().__init__(
             hidden=hidden,
@@ -101,17 +101,20 @@ class NICEOutlierDetector(OutlierMixin, NICEDensity):
         )
         self.contamination = contamination
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> NICEOutlierDetector:
+    def fit(
+        self, X: Any, y: Any = None, sample_weight: Any = None, *, validation_data: Any = None
+    ) -> NICEOutlierDetector:
         """Fit the density and the threshold to the rows of X (N, D); ``y`` is not looked at.
 
-        ``sample_weight`` (N,) is that of :meth:`NICEDensity.fit`, and a row counts by it in the
-        share or in the quartiles that set the threshold.
+        ``validation_data`` is that of :meth:`NICEDensity.fit` too, and has no part in the
+        threshold. ``sample_weight`` (N,) is that of :meth:`NICEDensity.fit`, and a row counts by
+        it in the share or in the quartiles that set the threshold.
         """
         share: Any = self.contamination
         automatic = isinstance(share, str) and share == "auto"
         if not automatic and not (is_number(share) and 0 < share <= 0.5):
             raise ValueError(f"contamination must be 'auto' or in (0, 0.5], got {share!r}")
-        super().fit(X, y, sample_weight)
+        super().fit(X, y, sample_weight, validation_data=validation_data)
         scores = self.score_samples(X)
         weights = checked_weights("sample_weight", sample_weight, len(scores))
         if weights is None:
