@@ -3,6 +3,8 @@
 density      NICEDensity: beside KernelDensity and GaussianMixture
 outliers     NICEOutlierDetector: a density with a threshold, beside IsolationForest
 classifier   NICEClassifier: Bayes' rule over one density for each class
+perclass     its densities, fitted in turn
+calibration  the temperature of a classifier's probabilities
 weights      weights of rows and of classes
 validation   rows that the caller brings to choose the epoch by
 columns      integer columns and their noise, constant columns and their names

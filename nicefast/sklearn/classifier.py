@@ -7,31 +7,15 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..checks import check_choice, is_number
-from .columns import (
-    Array,
-    columns_of,
-    constant_columns,
-    labels,
-    moments,
-    refuse_masked,
-    unmasked,
-    with_noise,
-)
-from .density import SEEDS
-from .fitted import (
-    FittedFlow,
-    FittedGaussian,
-    RawDensity,
-    fit_flow,
-    mean_log_prob,
-    spacings_of,
-)
-from .validation import by_class, validation_rows
+from .calibration import balanced, temperature
+from .columns import Array, columns_of, refuse_masked, unmasked
+from .fitted import FittedFlow, FittedGaussian, mean_log_prob, spacings_of
+from .perclass import fit_classes
+from .validation import Validation, by_class, validation_rows
 from .weights import checked_weights, class_priors, class_weights, weighted_rows
 
 DENSITIES = ("nice", "gaussian")
@@ -54,8 +38,13 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         reg: of ``"gaussian"`` alone: to each column's variance in each class, this share of its
             variance over all classes is added, without which the covariance of few rows is
             singular.
+        calibrate: divide the logarithms of the joint densities by a temperature, chosen on rows
+            that no density was trained on, see ``temperature_``. Densities of many features are
+            surer of a class than they are right.
+        weight_decay: as in :class:`NICEDensity`; ``"auto"`` for 3000 / rows of the class, within
+            1 and 30: flows of few rows disagree about a row for no other reason than chance.
         hidden, couplings, prior, partition, activation, dropout, epochs, patience, batch_size, lr,
-            weight_decay, validation_fraction, standardise, drop_constant, dequantise, noise_draws,
+            validation_fraction, standardise, drop_constant, dequantise, noise_draws,
             random_state, device, dtype, verbose: as in :class:`NICEDensity`. What is constant and
             what is an integer is decided for all classes together, so that their densities are on
             one scale. Priors that are wrong, and a class of one row, are errors.
@@ -63,6 +52,12 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: the labels, sorted.
         class_prior_: p(class) of each.
+        temperature_: T, above 1 where the densities were too sure, found by
+            :func:`nicefast.sklearn.calibration.temperature` on ``validation_data`` where it is
+            given, else on the rows that ``validation_fraction`` held out of each class of 20 rows
+            or more. They count by their ``sample_weight``, and each class by its prior. 1 with
+            ``calibrate=False`` and where there are no such rows: with ``validation_fraction=0``,
+            and with ``density="gaussian"``, which trains on all rows.
         n_features_in_, feature_names_in_, dropped_, integer_columns_, spacings_: as in
             :class:`NICEDensity`.
         n_iter_: of ``"nice"``: the most epochs that a class took; 1 otherwise.
@@ -88,6 +83,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         priors: Any = None,
         class_weight: Any = None,
         reg: float = 1e-4,
+        calibrate: bool = True,
         hidden: Sequence[int] = (256,),
         couplings: int = 8,
         prior: str = "logistic",
@@ -98,7 +94,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         patience: int = 20,
         batch_size: int = 128,
         lr: float = 4e-3,
-        weight_decay: float = 1.0,
+        weight_decay: float | str = "auto",
         validation_fraction: float = 0.1,
         standardise: bool = True,
         drop_constant: bool = False,
@@ -113,6 +109,7 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         self.priors = priors
         self.class_weight = class_weight
         self.reg = reg
+        self.calibrate = calibrate
         self.hidden = hidden
         self.couplings = couplings
         self.prior = prior
@@ -139,9 +136,9 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     ) -> NICEClassifier:
         """Fit a density to the rows of each class: X (N, D), y (N,).
 
-        With ``sample_weight`` w (N,), each class's density maximises the weighted
-        mean of its log-densities, and the frequency of a class is its share of the weight. A row
-        of weight 0 has no influence on anything; a class of such rows is no class.
+        With ``sample_weight`` w (N,), each class's density maximises the weighted mean of its
+        log-densities, and the frequency of a class is its share of the weight. A row of weight 0
+        has no influence on anything; a class of such rows is no class.
 
         ``validation_data``, ``(X, y)`` or ``(X, y, sample_weight)`` with rows of every class,
         takes the place of the rows that are held out of each class's, as in
@@ -171,52 +168,38 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         class_prior = class_priors(self.priors, mass)
         names = getattr(self, "feature_names_in_", None)
         columns = columns_of(rows, names, self.drop_constant, self.dequantise, least)
-        kept, constant, spacing = columns
-        integers, real = kept[spacing > 0], kept[spacing == 0]
-        random = check_random_state(self.random_state)
-        densities: list[RawDensity] = []
-        taken = 1
-        ridge = self.reg * moments(with_noise(rows[:, kept], spacing), weights)[1]
-        for k, (name, part) in enumerate(zip(classes, by_class(validation, classes), strict=True)):
-            own, counted = rows[number == k], None if weights is None else weights[number == k]
-            seed = int(random.randint(SEEDS))
-            if self.density == "gaussian":
-                try:
-                    fitted = FittedGaussian.fit(with_noise(own[:, kept], spacing), ridge, counted)
-                except ValueError as problem:
-                    raise ValueError(f"class {name!r}: {problem}; give a larger reg") from None
-                densities.append(fitted)
-                continue
-            within = real[constant_columns(own[:, real])]
-            if len(within):
-                raise ValueError(
-                    f"{labels(names)(within[0])} is constant within class {name!r}, where it has "
-                    f"no density; leave it out, or take density='gaussian'"
-                )
-            flow, history, _ = fit_flow(
-                own[:, kept],
-                spacing,
-                self.get_params(),
-                seed,
-                f"class {name}",
-                counted,
-                part and (part[0][:, kept], part[1]),
-            )
-            densities.append(flow)
-            taken = max(taken, len(history.epochs))
+        options, parts = self.get_params(), by_class(validation, classes)
+        fitted = fit_classes(rows, number, classes, columns, options, weights, parts, names)
         self.classes_, self.class_prior_ = classes, class_prior
-        self._densities, self._kept, self._spacing = densities, kept, spacing
-        self.n_iter_ = taken
-        self.dropped_ = getattr(self, "feature_names_in_", np.arange(rows.shape[1]))[constant]
-        self.integer_columns_ = integers
+        self._densities, self._kept, self._spacing = fitted.densities, *columns[::2]
+        self.n_iter_ = fitted.epochs
+        names = np.arange(rows.shape[1]) if names is None else names
+        self.dropped_ = names[columns.constant]
+        self.integer_columns_ = columns.kept[columns.spacing > 0]
         self.spacings_ = np.zeros(rows.shape[1])
-        self.spacings_[kept] = spacing
+        self.spacings_[columns.kept] = columns.spacing
+        if validation is None:
+            apart = fitted.held
+            own = None if weights is None else weights[apart]
+            validation = Validation(rows[apart], classes[number[apart]], own)
+        self.temperature_ = self._temperature(validation) if self.calibrate else 1.0
         return self
+
+    def _temperature(self, validation: Validation) -> float:
+        if not len(validation.rows) or validation.labels is None:
+            return 1.0
+        number = np.searchsorted(self.classes_, validation.labels)
+        counted = balanced(number, self.class_prior_, validation.weights)
+        return temperature(self._joint(validation.rows[:, self._kept]), number, counted)
 
     def predict_joint_log_proba(self, X: Any) -> Array:
         """``log p(x | class) + log p(class)`` in nats on X's own scale: (N, classes), float64."""
         check_is_fitted(self)
-        rows = validate_data(self, unmasked(X), dtype=np.float64, reset=False)[:, self._kept]
+        rows = validate_data(self, unmasked(X), dtype=np.float64, reset=False)
+        return self._joint(rows[:, self._kept])
+
+    def _joint(self, rows: Array) -> Array:
+        """``log p(x | class) + log p(class)`` of the columns that were kept."""
 
         def every(noised: Array) -> Array:
             return np.stack([density.log_prob(noised) for density in self._densities], 1)
@@ -226,19 +209,26 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         return mean_log_prob(every, rows, self._spacing, self.noise_draws) + log_prior
 
     def predict_log_proba(self, X: Any) -> Array:
-        """``log p(class | x)``: (N, classes), float64."""
-        joint = self.predict_joint_log_proba(X)
+        """``log p(class | x)``, calibrated: (N, classes), float64.
+
+        That is ``log softmax((log p(x | class) + log p(class)) / temperature_)``.
+        """
+        joint = self.predict_joint_log_proba(X) / self.temperature_
         joint -= joint.max(1, keepdims=True)
         found: Array = joint - np.log(np.exp(joint).sum(1, keepdims=True))
         return found
 
     def predict_proba(self, X: Any) -> Array:
-        """``p(class | x)``: (N, classes), float64, rows adding up to 1."""
+        """``p(class | x)``, calibrated: (N, classes), float64, rows adding up to 1."""
         found: Array = np.exp(self.predict_log_proba(X))
         return found
 
     def predict(self, X: Any) -> Array:
-        """The most probable class of each row: (N,)."""
+        """The most probable class of each row: (N,).
+
+        It is the argmax of :meth:`predict_proba` and of :meth:`predict_joint_log_proba` alike: a
+        temperature changes how sure a prediction is, and never which class it is.
+        """
         best = self.predict_joint_log_proba(X).argmax(1)
         found: Array = self.classes_[best]
         return found
@@ -254,7 +244,10 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         return float(super().score(X, y, weights))
 
     def decision_function(self, X: Any) -> Array:
-        """:meth:`predict_joint_log_proba`; for two classes, the second's less the first's: (N,)."""
+        """:meth:`predict_joint_log_proba`; for two classes, the second's less the first's: (N,).
+
+        These are not divided by the temperature: they are densities in nats.
+        """
         joint = self.predict_joint_log_proba(X)
         return joint[:, 1] - joint[:, 0] if joint.shape[1] == 2 else joint
 
@@ -268,7 +261,9 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {"class_weight": None} | dict(state)  # 0.1.0 had none
+        state = {"class_weight": None, "calibrate": True} | dict(state)  # 0.1.0 had none
+        if "_densities" in state:
+            state.setdefault("temperature_", 1.0)
         if "_noisy" in state:  # pickled by 0.1.0: numbers of the columns of integers
             state["_spacing"] = spacings_of(state.pop("_noisy"), len(state["_kept"]))
             state["spacings_"] = spacings_of(state["integer_columns_"], state["n_features_in_"])

@@ -15,11 +15,9 @@ from ..checks import check_count
 from ..flow import NICE
 from ..preprocessing import Preprocessing
 from .columns import Array, columns_of, unmasked
-from .fitted import FittedFlow, fit_flow, mean_log_prob, spacings_of
+from .fitted import SEEDS, FittedFlow, fit_flow, mean_log_prob, spacings_of
 from .validation import validation_rows
 from .weights import checked_weights, weighted_rows
-
-SEEDS = 2**31 - 1
 
 
 class NICEDensity(DensityMixin, BaseEstimator):

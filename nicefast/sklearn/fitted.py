@@ -29,6 +29,7 @@ from ..training import Epoch, History, Recipe, fit, initialise
 from .columns import Array, dequantising, moments, standardising, with_noise
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+SEEDS = 2**31 - 1  # below which the estimators draw theirs
 VERBOSE_EVERY = 10  # epochs to a line, with verbose=1
 LEAST_SPLIT = 20  # rows: with fewer, the training rows are those of validation
 

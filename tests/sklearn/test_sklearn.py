@@ -121,8 +121,9 @@ def test_scikit_learns_checks(estimator):
 
 def test_defaults_can_be_checked_and_are_passed_through():
     density, classifier = NICEDensity().get_params(), NICEClassifier().get_params()
-    own = {"density", "priors", "class_weight", "reg"}
-    assert {k: v for k, v in classifier.items() if k not in own} == density
+    own = {"density", "priors", "class_weight", "reg", "calibrate"}
+    shared = density | {"weight_decay": "auto"}
+    assert {k: v for k, v in classifier.items() if k not in own} == shared
     made = NICEDensity(**QUICK, lr=1e-2)
     assert clone(made).get_params() == made.get_params()
     assert made.set_params(lr=1e-4).lr == 1e-4
@@ -351,7 +352,8 @@ def test_classifier_is_bayes_rule(iris):
         noised = with_noise(x, nice.spacings_)
         own = np.stack([d.log_prob(noised) for d in nice._densities], 1)
         np.testing.assert_allclose(joint, own + np.log(1 / 3))
-        proba = np.exp(joint) / np.exp(joint).sum(1, keepdims=True)
+        cool = np.exp((joint - joint.max(1, keepdims=True)) / nice.temperature_)
+        proba = cool / cool.sum(1, keepdims=True)
         np.testing.assert_allclose(nice.predict_proba(x), proba, atol=1e-12)
         np.testing.assert_allclose(np.exp(nice.predict_log_proba(x)), proba, atol=1e-12)
         assert (nice.predict(x) == nice.classes_[proba.argmax(1)]).all()
@@ -406,6 +408,8 @@ def test_classes_share_what_is_integer_and_what_is_constant():
         ({"reg": None}, "reg must be non-negative and finite, got None"),
         ({"density": None}, "density must be one of nice, gaussian, got None"),
         ({"priors": "a"}, "priors must be numbers, 'uniform' or None, got 'a'"),
+        ({"weight_decay": "a"}, "weight_decay must be one of auto, got 'a'"),
+        ({"weight_decay": -1.0}, "weight_decay must be non-negative and finite, got -1.0"),
         ({"class_weight": "a"}, "class_weight must be None, 'balanced' or a dict, got 'a'"),
         ({"class_weight": [1, 2, 3]}, "class_weight must be None, 'balanced' or a dict"),
         ({"class_weight": {7: 1.0}}, r"class_weight must have labels of y, \[0, 1, 2\], got 7"),
