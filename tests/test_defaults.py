@@ -527,7 +527,7 @@ def zuko_distributions(path):
 @call
 def estimators(path):
     pytest.importorskip("sklearn", reason="needs scikit-learn")
-    from nicefast.sklearn import NICEClassifier, NICEDensity
+    from nicefast.sklearn import NICEClassifier, NICEDensity, NICEOutlierDetector
 
     rows = table()
     label = (rows[:, 1] > 0).astype(int)
@@ -540,6 +540,15 @@ def estimators(path):
             made = NICEDensity(**options, standardise=standardise).fit(rows)
             found += [made.score_samples(rows[:20]), made.sample(5, random_state=1)]
             found.append({k: v.detach() for k, v in made.model_.state_dict().items()})
+        weight = rows[:, 1] ** 2 + 0.1
+        held = (rows[:40], label[:40])
+        for validation in (None, held):
+            made = NICEOutlierDetector(**options)
+            made.fit(rows, sample_weight=weight, validation_data=validation)
+            found.append(made.decision_function(rows[:20]))
+            made = NICEClassifier(**options)
+            made.fit(rows, label, weight, validation_data=validation)
+            found.append(made.predict_proba(rows[:20]))
         again = pickle.loads(pickle.dumps(fitted))
         found += [fitted.score_samples(rows[:20]), again.score_samples(rows[:20])]
         for density in ("nice", "gaussian"):

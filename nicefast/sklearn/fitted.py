@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..baselines import Gaussian
 from ..checks import as_integer, check_choice, check_count, check_type, is_number
@@ -183,18 +184,20 @@ def fit_flow(
     initialise(model, "data", columns.forward(whole, seed)[0], weights=scaled)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator, device="cpu")
-    splits = validation is None and share and len(rows) >= LEAST_SPLIT
-    held = min(max(1, round(share * len(rows))), len(rows) - 1) if splits else 0
-    train, chosen = order[held:], whole[order[:held] if held else order]
-    of_chosen = None if scaled is None else scaled[order[:held] if held else order]
+    held = order[:0]
+    if validation is None and share and len(rows) >= LEAST_SPLIT:
+        held = order[: min(max(1, round(share * len(rows))), len(rows) - 1)]
+    train = order[len(held) :]
+    judges = held if len(held) else order
+    chosen, theirs = whole[judges], None if scaled is None else scaled[judges]
     if validation is not None:
         chosen = torch.from_numpy(validation[0])
-        of_chosen = None if validation[1] is None else torch.from_numpy(validation[1])
-    of = None
-    if scaled is not None or of_chosen is not None:
-        own = torch.ones(len(train)) if scaled is None else scaled[train]
-        of = (own / own.mean(), torch.ones(len(chosen)) if of_chosen is None else of_chosen)
-    data = Dataset(name, None, whole[train], chosen, whole[:0], weights=of)
+        theirs = None if validation[1] is None else torch.from_numpy(validation[1])
+    both = None
+    if scaled is not None or theirs is not None:
+        own = _ones(len(train)) if scaled is None else scaled[train] / scaled[train].mean()
+        both = (own, _ones(len(chosen)) if theirs is None else theirs)
+    data = Dataset(name, None, whole[train], chosen, whole[:0], weights=both)
     level = check_verbose(options["verbose"])
     report = _printer(name, level, recipe.epochs) if level else None
     history = fit(model, data, columns, recipe, seed=seed, progress=report)
@@ -205,7 +208,7 @@ def fit_flow(
             f"validation {best.validation:.4f} nats"
         )
     fitted = FittedFlow(model.to(DTYPES[dtype]).eval(), columns)
-    return Trained(fitted, history, order[:held].numpy())
+    return Trained(fitted, history, held.numpy())
 
 
 def mean_log_prob(
@@ -226,6 +229,10 @@ def spacings_of(columns: Sequence[int] | Array, features: int) -> Array:
     found = np.zeros(features)
     found[list(columns)] = 1.0
     return found
+
+
+def _ones(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.float64, device="cpu")
 
 
 def _model(features: int, options: dict[str, Any], seed: int) -> NICE:
