@@ -55,9 +55,10 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
         temperature_: T, above 1 where the densities were too sure, found by
             :func:`nicefast.sklearn.calibration.temperature` on ``validation_data`` where it is
             given, else on the rows that ``validation_fraction`` held out of each class of 20 rows
-            or more. They count by their ``sample_weight``, and each class by its prior. 1 with
-            ``calibrate=False`` and where there are no such rows: with ``validation_fraction=0``,
-            and with ``density="gaussian"``, which trains on all rows.
+            or more; the same rows choose the epochs. They count by their ``sample_weight``, and
+            each class by its prior. 1 with ``calibrate=False`` and where there are no such rows:
+            with ``validation_fraction=0``, and with ``density="gaussian"``, which trains on all
+            rows.
         n_features_in_, feature_names_in_, dropped_, integer_columns_, spacings_: as in
             :class:`NICEDensity`.
         n_iter_: of ``"nice"``: the most epochs that a class took; 1 otherwise.
@@ -65,7 +66,8 @@ class NICEClassifier(ClassifierMixin, BaseEstimator):
     Raises:
         ValueError: as :class:`NICEDensity` does; for a class of fewer than two rows, and for a
             column of real values that is constant within a class, by their names; for labels that
-            are no classes.
+            are no classes; for ``priors`` and ``class_weight`` that are not as above; for
+            ``validation_data`` with other labels, or with no row of a class.
 
     Pickling keeps flows as the bytes of safetensors files.
 
