@@ -75,8 +75,8 @@ def everything(device: torch.device, rows: int | None, quick: bool) -> Iterator[
         yield from attempt(ceilings, name, device)
     tiles = shipped(device)
     tiles = [tile for tile in tiles if tile[0] == "fp32"][:1] if quick else tiles
-    for precision, features, hidden in tiles:
-        yield from attempt(checked, precision, features, hidden, rows or 1000, device, repeats)
+    for tile in tiles:
+        yield from attempt(checked, *tile, rows or 1000, device, repeats)
     for features, hidden in TIMED[:most]:
         for precision in list(MODES)[:most]:
             for n in [rows] if rows else SIZES:
@@ -97,12 +97,19 @@ def attempt(measured: Callable[..., Record | Iterator[Record]], *what: Any) -> I
         yield {"kind": measured.__name__, "status": status}
 
 
-def shipped(device: torch.device) -> list[tuple[str, int, int]]:
-    """Precision, features and hidden units of every whole-flow tile of this architecture."""
-    from .flow_cases import flow_tiles
+def shipped(device: torch.device) -> list[tuple[str, int, int, int]]:
+    """Precision, features, hidden units and couplings for every whole-flow tile of this
+    architecture; a flow of one coupling more has no weights that stay on the chip."""
+    from .flow_cases import flow_tiles, resident_tiles
 
-    tiles = flow_tiles(backend.architecture(device))
-    return [(precision, tile.features, tile.hidden) for precision, tile in tiles]
+    arch = backend.architecture(device)
+    deep = [(p, tile.features, tile.hidden, COUPLINGS + 1) for p, tile in flow_tiles(arch)]
+    resident = [
+        (p, 2 * tile.half, tile.hidden, COUPLINGS)
+        for p, tile in resident_tiles(arch)
+        if not tile.context
+    ]
+    return deep + resident
 
 
 def ceilings(name: str, device: torch.device) -> Record:
@@ -114,9 +121,11 @@ def ceilings(name: str, device: torch.device) -> Record:
     return {"kind": "ceiling", "precision": name, "status": "timed"} | best._asdict()
 
 
-def flow_of(features: int, hidden: int, device: torch.device) -> nf.NICE:
+def flow_of(
+    features: int, hidden: int, device: torch.device, couplings: int = COUPLINGS
+) -> nf.NICE:
     """A random flow of two hidden layers, half split."""
-    flow = nf.NICE(features, (hidden, hidden), COUPLINGS, partition="half")
+    flow = nf.NICE(features, (hidden, hidden), couplings, partition="half")
     with torch.no_grad():
         flow.scaling.log_scale.normal_(0, 0.3)
         for coupling in flow.couplings:
@@ -125,8 +134,9 @@ def flow_of(features: int, hidden: int, device: torch.device) -> nf.NICE:
 
 
 def checked(
-    precision: str, features: int, hidden: int, rows: int, device: torch.device, repeats: int
-) -> Record:
+    precision: str, features: int, hidden: int, couplings: int, rows: int, device: torch.device,
+    repeats: int,
+) -> Record:  # fmt: skip
     """One tile in every direction: its error, PyTorch's, their ratio, and equal bits in repeats.
 
     PyTorch's errors are at the same precision of products: on Hopper, whose tensor cores truncate
@@ -134,9 +144,9 @@ def checked(
     """
     record: Record = {
         "kind": "tile", "precision": precision, "features": features, "hidden": hidden,
-        "rows": rows, "status": "checked", "ratios": {},
+        "couplings": couplings, "rows": rows, "status": "checked", "ratios": {},
     }  # fmt: skip
-    mode, flow = MODES[precision], flow_of(features, hidden, device)
+    mode, flow = MODES[precision], flow_of(features, hidden, device, couplings)
     exact, x = copy.deepcopy(flow).double(), torch.randn(rows, features, device=device)
     with torch.no_grad(), in_mode(mode, device):
         plan = flow.plan(x)
@@ -263,18 +273,22 @@ def in_mode(mode: Mode, device: torch.device) -> Iterator[None]:
 
 def warm(arch: str, processes: int, quick: bool) -> int:
     """Compile the whole-flow kernels into Triton's cache, those of the widest tiles first."""
-    from .flow_cases import KERNELS, VARIANTS, flow_case, flow_tiles
+    from .flow_cases import MASKED, VARIANTS, flow_case, flow_tiles, resident_case, resident_tiles
     from .resources import compile_all
 
     usual = {"activation": "relu", "prior": "logistic", "context": 0, "width": "full"}
     usual |= {"layout": "dense", "rows": 1000}
     cases = []
     for precision, tile in flow_tiles(arch):
-        for kernel in KERNELS:
+        for kernel in MASKED:
             for outputs in VARIANTS[kernel].get("outputs", (None,))[:2]:
                 variant = usual | ({"outputs": outputs} if outputs else {})
                 cases.append(flow_case(kernel, arch, precision, tile, variant))
-    cases.sort(key=lambda case: -case.flow.hidden * case.flow.features)
+    cases.sort(key=lambda case: -case.flow.hidden * case.tile.columns)
+    for precision, resident in resident_tiles(arch):
+        for call in VARIANTS["resident_kernel"]["call"]:
+            variant = usual | {"call": call, "sides": "half"}
+            cases.insert(0, resident_case("resident_kernel", arch, precision, resident, variant))
     cases = cases[-1:] if quick else cases
     failed = [r.error for _, r in compile_all(cases, processes) if r.error]
     print(*failed, f"{len(cases)} kernels, {len(failed)} failed to compile", sep="\n")

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling, sides
+from nicefast.kernels import coupling, dequantise, flow, flow_resident, likelihood, sampling, sides
 from nicefast.partition import Partition
 
 TARGETS = {
@@ -36,6 +36,7 @@ MODULES = {
     "sample": sampling,
     "dequantise": dequantise,
     "flow": flow,
+    "resident": flow_resident,
     "enter": sides,
     "add": sides,
     "leave": sides,

@@ -7,6 +7,7 @@
     sides.py        around a wide flow's products: rows to the partition's sides, biases, and back
     flow.py         a whole flow in one launch: log-density, forward, inverse, sample
     flow_rows.py    a tile of rows through all couplings, on the chip, for flow.py;
+    flow_resident.py  the same with all weights on the chip, where they fit;
     flow_tile.py    which flows it serves; packing.py, their parameters as it reads them
     product.py      matrix products; activation.py, the conditioners' activations; prior.py, the
                     priors' formulas: for those above
@@ -21,7 +22,7 @@ import triton
 from .coupling import couple, couple_, select
 from .dequantise import dequantise_fwd
 from .flow import flow_fwd, flow_inv, flow_sample
-from .flow_tile import FlowShape, FlowTile, flow_tile, tiles_of
+from .flow_tile import FlowShape, FlowTile, ResidentTile, Side, flow_tile, tiles_of
 from .launch import why_no_launch
 from .likelihood import scale_log_prob_bwd, scale_log_prob_fwd
 from .packing import lay_out, pack
@@ -35,6 +36,8 @@ __all__ = [
     "INTERPRETED",
     "FlowShape",
     "FlowTile",
+    "ResidentTile",
+    "Side",
     "add_",
     "couple",
     "couple_",

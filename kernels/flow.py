@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import flow_resident
 from .flow_rows import couplings, load_rows, rows_again, scale, with_context
-from .flow_tile import PARTS, FlowShape, FlowTile
+from .flow_tile import PARTS, FlowShape, FlowTile, ResidentTile
 from .launch import FUSED, dense, is_dense, launch, on_device
 from .packing import Tensors
 from .prior import prior_terms, sum_terms
@@ -189,7 +190,7 @@ def flow_fwd(
     packed: Tensors,
     log_scale: Tensor,
     shape: FlowShape,
-    tile: FlowTile,
+    tile: FlowTile | ResidentTile,
     want_z: bool,
     want_log_prob: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -202,6 +203,10 @@ def flow_fwd(
     if want_log_prob:
         log_prob = torch.empty(n, dtype=torch.float32, device=x.device)
     if n == 0 or not (want_z or want_log_prob):
+        return z, log_prob
+    if isinstance(tile, ResidentTile):
+        outputs = z if want_z else None, log_prob if want_log_prob else None
+        flow_resident.run(n, x, context, packed, log_scale, shape, tile, False, *outputs)
         return z, log_prob
     with on_device(x):
         strides = (*x.stride(), *_strides(context))
@@ -225,13 +230,16 @@ def flow_inv(
     packed: Tensors,
     log_scale: Tensor,
     shape: FlowShape,
-    tile: FlowTile,
+    tile: FlowTile | ResidentTile,
 ) -> Tensor:
     """``x`` [N, D] in float32."""
     n, d = z.shape
     z, context = z.resolve_neg(), _numbers(context)
     x = torch.empty((n, d), dtype=torch.float32, device=z.device)
     if n == 0:
+        return x
+    if isinstance(tile, ResidentTile):
+        flow_resident.run(n, z, context, packed, log_scale, shape, tile, True, x, None)
         return x
     with on_device(z):
         strides = (*z.stride(), *_strides(context))
@@ -252,7 +260,7 @@ def flow_sample(
     packed: Tensors,
     log_scale: Tensor,
     shape: FlowShape,
-    tile: FlowTile,
+    tile: FlowTile | ResidentTile,
 ) -> Tensor:
     """``x`` [n, D] in float32: rows ``row_offset`` to ``row_offset + n`` of the sample.
 
@@ -262,6 +270,11 @@ def flow_sample(
     if n == 0:
         return x
     context = _numbers(context)
+    if isinstance(tile, ResidentTile):
+        flow_resident.run(
+            n, None, context, packed, log_scale, shape, tile, True, x, None, row_offset, seed
+        )
+        return x
     with on_device(x):
         flow_sample_kernel[(ceil_div(n, tile.rows),)](
             context, *packed, dense(log_scale), x, n, *_depth(shape), row_offset, seed,

@@ -53,6 +53,23 @@ ROWS |= dict.fromkeys(
 )
 ROWS["sm_103"] = ROWS["sm_100"]
 ARCHS = tuple(ROWS)
+# Weights stay on the chip of flows that have at most so many couplings, hidden layers of a
+# conditioner and features of context, and sides of at most the width of RESIDENT, by hidden.
+RESIDENT_COUPLINGS, RESIDENT_LAYERS, RESIDENT_CONTEXT = 4, 2, 16
+RESIDENT_SIDES = (16, 32)
+RESIDENT = {
+    arch: {"bf16": {32: 32, 64: 32}, "tf32": {32: 32}} for arch in ARCHS if arch.startswith("sm_")
+}
+RESIDENT["sm_90"] = {"bf16": {32: 32, 64: 16}, "tf32": {32: 32}}
+RESIDENT["sm_100"] = RESIDENT["sm_103"] = {"bf16": {32: 32, 64: 16}, "tf32": {32: 16}}
+
+
+class Side(NamedTuple):
+    """Features ``start + step * j`` for ``j < size``, or, with step 0, those of a map."""
+
+    size: int
+    start: int
+    step: int
 
 
 class FlowShape(NamedTuple):
@@ -64,6 +81,8 @@ class FlowShape(NamedTuple):
     couplings: int
     activation: str
     prior: str
+    sides: tuple[Side, ...] = ()
+    reads: tuple[int, ...] = ()
 
 
 class FlowTile(NamedTuple):
@@ -85,6 +104,33 @@ class FlowTile(NamedTuple):
     registers: int | None
     carries: bool
     halves: bool
+
+    @property
+    def widths(self) -> str:
+        return f"features padded to {self.features}"
+
+
+class ResidentTile(NamedTuple):
+    """A tile of a kernel that keeps every weight on the chip (see :mod:`.flow_resident`): each
+    side's features padded to ``half``, the context to ``context``, 0 where there is none.
+
+    The rest is as in :class:`FlowTile`. ``programs``: for each multiprocessor, whose registers are
+    enough for two; where its memory has room for one alone, they take turns.
+    """
+
+    rows: int
+    warps: int
+    half: int
+    hidden: int
+    context: int
+    products: str
+    registers: int
+    programs: int
+    halves: bool
+
+    @property
+    def widths(self) -> str:
+        return f"weights that stay on the chip, each side padded to {self.half} features"
 
 
 def tiles_of(arch: str) -> str:
@@ -134,6 +180,9 @@ def flow_tile(shape: FlowShape, precision: str, arch: str) -> FlowTile | str:
             f"{width} with hidden layers of up to {max(hidden)} units: in {precision} on {arch} "
             "no tile of a whole-flow kernel stays in the registers"
         )
+    resident = resident_tile(shape, precision, arch)
+    if resident is not None:
+        return resident
     layers = shape.couplings * max(len(hidden) - 1, 1)
     if layers * PARTS[products] * hp * max(hp, dp) > MAX_ELEMENTS:
         return f"{shape.couplings} couplings: a whole-flow kernel holds at most 2^31 weights"
@@ -144,4 +193,24 @@ def flow_tile(shape: FlowShape, precision: str, arch: str) -> FlowTile | str:
     return FlowTile(
         rows, warps, 2 if ahead else 1, dp, hp, products, 255 if nvidia else None,
         carries=arch != "sm_90", halves=arch not in ("sm_100", "sm_103"),
+    )  # fmt: skip
+
+
+def resident_tile(shape: FlowShape, precision: str, arch: str) -> ResidentTile | None:
+    """The tile of the kernel that keeps every weight on the chip, where they fit."""
+    size = max((side.size for side in shape.sides), default=RESIDENT_SIDES[-1] + 1)
+    half = next((b for b in RESIDENT_SIDES if b >= size), None)
+    hidden = next(b for b in HIDDEN if b >= max(shape.hidden))
+    if (
+        half is None
+        or half > RESIDENT.get(arch, {}).get(precision, {}).get(hidden, 0)
+        or shape.couplings > RESIDENT_COUPLINGS
+        or len(shape.hidden) > RESIDENT_LAYERS
+        or shape.context > RESIDENT_CONTEXT
+    ):
+        return None
+    return ResidentTile(
+        rows=64, warps=4, half=half, hidden=hidden,
+        context=RESIDENT_CONTEXT if shape.context else 0, products=PRODUCTS[precision],
+        registers=255, programs=2, halves=arch not in ("sm_100", "sm_103"),
     )  # fmt: skip

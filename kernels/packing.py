@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .flow_tile import PARTS, FlowShape, FlowTile
+from .flow_tile import PARTS, FlowShape, FlowTile, ResidentTile
 from .launch import FUSED, launch, on_device
 from .product import to_tf32
 from .tile import ceil_div
@@ -86,8 +86,12 @@ class Layout(NamedTuple):
     sides: Tensor
 
 
-def lay_out(shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: FlowTile) -> Layout:
+def lay_out(
+    shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: FlowTile | ResidentTile
+) -> Layout:
     """The layout on the device of ``conditioning[l]`` and ``shifted[l]``, indices of features."""
+    if isinstance(tile, ResidentTile):
+        return _lay_out_resident(shape, conditioning, shifted, tile)
     dp, hp = tile.features, tile.hidden
     device, start = conditioning[0].device, 1
     context = torch.arange(shape.features, shape.features + shape.context, device=device)
@@ -117,8 +121,39 @@ def lay_out(shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: Flo
     return Layout(none, source, shapes, tile.products, torch.stack(sides))
 
 
-def pack(layout: Layout, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(w_in, w_mid, w_out, bias, sides)`` on the parameters' device: one ``cat``, one kernel.
+def _lay_out_resident(
+    shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: ResidentTile
+) -> Layout:
+    """Of each coupling w_in [HP, HALF + CP], w_mid [K - 1, HP, HP] and w_out [HALF, HP], and of the
+    sides the features [2, HALF]; a side has its features in its first columns."""
+    half, hp, device, start = tile.half, tile.hidden, conditioning[0].device, 1
+    weights, bias = [], []
+    for i_x, others in zip(conditioning, shifted, strict=True):
+        widths = [len(i_x) + shape.context, *shape.hidden, len(others)]
+        for i, (n, m) in enumerate(pairwise(widths)):
+            w = torch.arange(start, start + m * n, device=device).view(m, n)
+            b = torch.arange(start + m * n, start + m * n + m, device=device)
+            start += m * n + m
+            rows = half if i == len(shape.hidden) else hp
+            if i == 0:
+                x, c = w.split([len(i_x), shape.context], 1)
+                w = torch.cat((_pad(x, rows, half), _pad(c, rows, tile.context)), 1)
+            weights.append((w if i == 0 else _pad(w, rows, hp)).flatten())
+            bias.append(pad(b, (0, rows - m)))
+    reads = shape.reads
+    sides = [
+        pad(conditioning[reads.index(i)] if i in reads else shifted[0], (0, half)) for i in (0, 1)
+    ]
+    found = torch.cat(weights), torch.cat(bias)
+    shapes = (0, len(found[0])), (0, 1), (1, len(found[0])), (len(found[1]),)
+    none = torch.zeros(1, device=device, dtype=torch.float32)
+    features = torch.stack([s[:half] for s in sides]).to(torch.int32)
+    return Layout(none, torch.cat(found), shapes, tile.products, features)
+
+
+def pack(layout: Layout, parameters: Tensors) -> tuple[Tensor, ...]:
+    """``(w_in, w_mid, w_out, bias, sides)`` on the parameters' device: one ``cat``, one kernel;
+    ``(w, bias, features)`` where weights stay on the chip.
 
     ``parameters``: weight [out, in] and bias [out] of each layer of each coupling, as in
     ``nn.Linear``, float32, the context's columns of each coupling's first weight last.
@@ -145,6 +180,8 @@ def pack(layout: Layout, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor, T
         own.view(shape[0], parts, *shape[1:])
         for own, shape in zip(torch.split_with_sizes(w, sizes), layout.shapes[:3], strict=True)
     )
+    if not inputs:  # the whole flow's weights are one matrix
+        return w_out, bias, layout.sides
     return w_in, w_mid, w_out, bias, layout.sides
 
 

@@ -31,6 +31,17 @@ def weight(p_w, i_w, OUT: tl.constexpr, IN: tl.constexpr):
 
 
 @triton.jit
+def times(b_a, b_w, b_p, PRODUCTS: tl.constexpr):
+    """``b_p`` and the operand times a transposed weight of one part."""
+    if PRODUCTS == "tf32":
+        # the hardware would cut off what is too much, always towards 0
+        b_a = tl.where(b_a == b_a, to_tf32(b_a), b_a)
+    else:
+        tl.static_assert(PRODUCTS == "bf16")
+    return tl.dot(b_a, b_w, b_p, input_precision="tf32")
+
+
+@triton.jit
 def linear(
     b_a,  # [ROWS, IN]
     p_w,  # [..., OUT, IN]
@@ -48,12 +59,8 @@ def linear(
     """
     b_w = weight(p_w, i_w, OUT, IN)
     b_p = tl.zeros((ROWS, OUT), dtype=tl.float32)
-    if PRODUCTS == "bf16":
-        b_p = tl.dot(b_a, b_w, b_p, input_precision="tf32")
-    elif PRODUCTS == "tf32":
-        # the hardware would cut off what is too much, always towards 0
-        b_a = tl.where(b_a == b_a, to_tf32(b_a), b_a)
-        b_p = tl.dot(b_a, b_w, b_p, input_precision="tf32")
+    if PRODUCTS == "bf16" or PRODUCTS == "tf32":
+        b_p = times(b_a, b_w, b_p, PRODUCTS)
     elif PRODUCTS == "tf32x3":
         b_high = to_tf32(b_a)
         b_p = tl.dot(b_a - b_high, b_w, b_p, input_precision="tf32")

@@ -67,6 +67,29 @@ def noise(
     return tl.reshape(b_z, (ROWS, QUADS * 4))
 
 
+@triton.jit
+def noise_at(
+    o_n,  # [ROWS, 1]
+    o_d,  # [1, COLS]
+    seed,
+    PRIOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The same noise [ROWS, COLS] in float32 of any features o_d: of four words, one is used."""
+    b_0, b_1, b_2, b_3 = random_words(o_n, o_d // 4, seed, 0, ROWS, COLS)
+    m_late, m_odd = o_d % 4 >= 2, o_d % 2 == 1
+    b_first, b_second = tl.where(m_late, b_2, b_0), tl.where(m_late, b_3, b_1)
+    if PRIOR == "logistic":
+        b_word = tl.where(m_odd, b_second, b_first)
+        b_z = logistic_noise(b_word, b_word, tl.float32)
+    else:
+        tl.static_assert(PRIOR == "normal")
+        b_cos, b_sin = normal_noise(b_first, b_first, b_second, b_second, tl.float32)
+        b_z = tl.where(m_odd, b_sin, b_cos)
+    return b_z
+
+
 @triton.jit(do_not_specialize=["N", "row_offset", "seed"])
 def sample_fwd_kernel(
     p_s,  # [D]

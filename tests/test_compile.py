@@ -6,6 +6,7 @@ a quarter of an hour: without --all, one in EVERY is compiled.
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import subprocess
@@ -238,7 +239,26 @@ def test_flow_cases_cover_every_tile_of_every_architecture():
                     if not isinstance(tile, str):
                         wanted.add((arch, precision, tile))
     assert len(wanted) > 100
-    assert {(c.arch, c.dtype, c.flow) for c in FLOWS.values()} == wanted
+    cases = [c for c in FLOWS.values() if c.kernel != "resident_kernel"]
+    assert {(c.arch, c.dtype, c.flow) for c in cases} == wanted
+
+
+def test_flow_cases_cover_every_tile_whose_weights_stay_on_the_chip():
+    from bench.flow_cases import resident_shape
+    from nicefast.kernels.flow_tile import PRECISIONS, ResidentTile, flow_tile
+
+    wanted = set()
+    for arch, precision in itertools.product(TARGETS, PRECISIONS):
+        for d, c, h in itertools.product(range(2, 100, 7), (0, 1, 16, 17), range(1, 257, 15)):
+            for couplings in (1, 4, 5):
+                shape = resident_shape(d, c, h, couplings, "tanh", "normal", "alternating")
+                tile = flow_tile(shape, precision, arch)
+                if isinstance(tile, ResidentTile):
+                    assert couplings < 5
+                    wanted.add((arch, precision, tile))
+    assert len(wanted) > 50
+    cases = [c for c in FLOWS.values() if c.kernel == "resident_kernel"]
+    assert {(c.arch, c.dtype, c.flow) for c in cases} == wanted
 
 
 @pytest.mark.parametrize("kernel", FLOW_KERNELS)
@@ -246,7 +266,7 @@ def test_flow_cases_cover_every_variant_and_precision(kernel):
     of_kernel = [c for c in FLOWS.values() if c.kernel == kernel]
     variants = {pair for c in of_kernel for pair in c.variant}
     assert variants == {(flag, v) for flag, vs in FLOW_VARIANTS[kernel].items() for v in vs}
-    for arch in TARGETS:
+    for arch in {c.arch for c in of_kernel}:
         assert len({c.dtype for c in of_kernel if c.arch == arch}) >= 2
         assert len({c.flow for c in of_kernel if c.arch == arch}) >= 5
 

@@ -101,8 +101,7 @@ class KernelEngine(RowEngine):
         tile = self.tile
         return (
             f"{rows} rows in one launch, tiles of {tile.rows} rows and {tile.warps} warps, "
-            f"features padded to {tile.features}, hidden layers to {tile.hidden}, products by "
-            f"{tile.products}"
+            f"{tile.widths}, hidden layers padded to {tile.hidden}, products by {tile.products}"
         )
 
     @cached_property

@@ -118,7 +118,12 @@ def _tile(stack: CouplingStack, prior: str, device: torch.device) -> tuple[Any, 
     if precision == "bf16" and backend.interprets(device):
         return "Triton's interpreter gets bfloat16 wrong"
     widths, couplings = tuple(hidden[0]), len(stack.couplings)
-    shape = stack.features, stack.context, widths, couplings, stack.activation, prior
+    side = backend.kernels().Side
+    sides = tuple(side(half.size, half.start, half.step) for half in stack.halves)
+    shape = (
+        stack.features, stack.context, widths, couplings, stack.activation, prior, sides,
+        tuple(stack.conditioning),
+    )  # fmt: skip
     return _tile_of(shape, precision, backend.kernels().tiles_of(backend.architecture(device)))
 
 

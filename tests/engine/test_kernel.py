@@ -11,7 +11,7 @@ from helpers import Operators, make
 pytest.importorskip("triton", reason="needs Triton")
 
 from nicefast.engine import kernel
-from nicefast.kernels import INTERPRETED, flow
+from nicefast.kernels import INTERPRETED, flow, flow_resident
 from nicefast.runtime import backend
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -110,7 +110,7 @@ def test_explain_names_the_tile(device):
     said = make(6, device=device).explain(1000)
     assert said.startswith("kernel: ")
     assert "1000 rows in one launch, tiles of" in said
-    assert "hidden layers to 32" in said
+    assert "hidden layers padded to 32" in said
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,29 @@ def test_precision_is_the_user_s(device, precision, products):
         assert "interpreter" in chosen.reason
     else:
         assert chosen.engine.tile.products == products
+
+
+@pytest.mark.parametrize("partition", ["half", "alternating", "random"])
+def test_a_small_flow_s_weights_stay_on_the_chip(device, partition):
+    """In TF32, whatever a direction asks for, and whatever its context."""
+    model = make(7, device=device, partition=partition, context=2, hidden=(12, 9), couplings=3)
+    x, c = torch.randn(19, 7, device=device), torch.randn(19, 2, device=device)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert "weights that stay on the chip, each side padded to 16" in model.explain(100)
+        with torch.no_grad(), mock.patch.object(flow_resident, "run", wraps=flow_resident.run) as r:
+            results = [model.log_prob(x, c), *model(x, c)[:1], *model.inverse(x, c)[:1]]
+            generator = torch.Generator().manual_seed(3)
+            results.append(model.sample(19, context=c, generator=generator))
+        assert r.call_count == 4
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with nf.set_backend("reference"), torch.no_grad():
+        wanted = [model.log_prob(x, c), *model(x, c)[:1], *model.inverse(x, c)[:1]]
+        generator = torch.Generator().manual_seed(3)
+        wanted.append(model.sample(19, context=c, generator=generator))
+    for got, exact in zip(results, wanted, strict=True):
+        torch.testing.assert_close(got, exact, atol=2e-2, rtol=2e-2)
 
 
 def test_a_scale_that_is_not_finite_is_an_error():

@@ -98,3 +98,26 @@ def test_small_and_later_chips_take_the_tiles_of_older_ones(precision):
 )  # fmt: skip
 def test_whose_tiles_an_architecture_takes(arch, known):
     assert flow_tile_module.tiles_of(arch) == known
+
+
+def test_weights_stay_on_the_chip_of_small_flows_alone():
+    sides = (flow_tile_module.Side(16, 0, 1), flow_tile_module.Side(16, 16, 1))
+    small = FlowShape(32, 3, (60, 50), 4, "relu", "logistic", sides, (0, 1, 0, 1))
+    for arch in ARCHS:
+        tile = flow_tile(small, "bf16", arch)
+        assert isinstance(tile, flow_tile_module.ResidentTile) == (arch != "gfx942")
+    wide = (flow_tile_module.Side(33, 0, 1), flow_tile_module.Side(3, 33, 1))
+    for change in (
+        {"couplings": 5, "reads": (0, 1, 0, 1, 0)}, {"hidden": (8,) * 3}, {"hidden": (65,)},
+        {"context": 17}, {"sides": wide, "features": 36}, {"sides": (), "reads": ()},
+    ):  # fmt: skip
+        assert isinstance(flow_tile(small._replace(**change), "bf16", "sm_90"), FlowTile)
+    assert isinstance(flow_tile(small, "fp32", "sm_90"), FlowTile)
+
+
+def test_the_tile_of_resident_weights_does_not_depend_on_the_partition_s_order():
+    side = flow_tile_module.Side
+    shape = FlowShape(9, 0, (32,), 2, "relu", "logistic", (side(5, 0, 2), side(4, 1, 2)), (0, 1))
+    tile = flow_tile(shape, "tf32", "sm_80")
+    for sides, reads in (((side(5, 0, 0), side(4, 0, 0)), (1, 1)), (shape.sides[::-1], (1, 0))):
+        assert flow_tile(shape._replace(sides=sides, reads=reads), "tf32", "sm_80") == tile
