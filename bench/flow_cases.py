@@ -31,7 +31,7 @@ from nicefast.kernels.flow_tile import (
     RESIDENT_CONTEXT,
     RESIDENT_COUPLINGS,
     RESIDENT_LAYERS,
-    RESIDENT_SIDES,
+    RESIDENT_SIDE,
     FlowShape,
     FlowTile,
     ResidentTile,
@@ -106,9 +106,8 @@ def flow_tiles(arch: str) -> list[tuple[str, FlowTile]]:
 def resident_tiles(arch: str) -> list[tuple[str, ResidentTile]]:
     """Every precision and tile of flows whose weights stay on the chip."""
     found = []
-    contexts = (0, RESIDENT_CONTEXT)
-    for precision, half, h, c in itertools.product(PRECISIONS, RESIDENT_SIDES, HIDDEN, contexts):
-        shape = resident_shape(2 * half, c, h, 1, "relu", "logistic", "half")
+    for precision, h, c in itertools.product(PRECISIONS, HIDDEN, (0, RESIDENT_CONTEXT)):
+        shape = resident_shape(2 * RESIDENT_SIDE, c, h, 1, "relu", "logistic", "half")
         tile = flow_tile(shape, precision, arch)
         if isinstance(tile, ResidentTile):
             found.append((precision, tile))

@@ -23,11 +23,9 @@ from .flow_cases import flow_case, resident_case, resident_tiles
 from .launches import TARGETS
 from .resources import Resources, compile_case
 
-RESIDENT = (  # features of a side, hidden units, precision, architectures
-    (16, 64, "bf16", ("sm_80", "sm_90", "sm_100", "sm_120")),
-    (32, 32, "bf16", ("sm_80", "sm_90", "sm_100", "sm_120")),
-    (32, 32, "tf32", ("sm_80", "sm_90", "sm_100", "sm_120")),
-)
+RESIDENT = (  # hidden units, precision
+    (32, "bf16"), (64, "bf16"), (32, "tf32"),
+)  # fmt: skip
 FLOWS = (  # features, hidden units, precision, architectures
     (16, 64, "bf16", tuple(TARGETS)),
     (64, 64, "bf16", tuple(TARGETS)),
@@ -60,17 +58,15 @@ def typical() -> Iterator[tuple[str, Case]]:
             }  # fmt: skip
             name = f"log_prob, {d} features, {hidden} units, {precision}, {arch}"
             yield name, flow_case("flow_fwd_kernel", arch, precision, tile, variant)
-    for half, hidden, precision, archs in RESIDENT:
-        for arch in archs:
-            wanted = precision, half, hidden, 0
-            tile = next(
-                t for p, t in resident_tiles(arch) if (p, t.half, t.hidden, t.context) == wanted
-            )
+    for hidden, precision in RESIDENT:
+        for arch in ("sm_80", "sm_90", "sm_100", "sm_120"):
+            wanted = precision, hidden, 0
+            tile = next(t for p, t in resident_tiles(arch) if (p, t.hidden, t.context) == wanted)
             variant = {
                 "activation": "relu", "prior": "logistic", "width": "full", "rows": 1_000_000,
                 "layout": "dense", "call": "log_prob", "sides": "half",
             }  # fmt: skip
-            name = f"log_prob, weights on the chip, {2 * half} features, {hidden} units, "
+            name = f"log_prob, weights on the chip, {2 * tile.half} features, {hidden} units, "
             case = resident_case("resident_kernel", arch, precision, tile, variant)
             yield f"{name}4 couplings, {precision}, {arch}", case
     for kernel, flags in ELEMENTWISE.items():

@@ -6,9 +6,9 @@
     dequantise.py   uniform dequantisation: integers and noise in, float32 out
     sides.py        around a wide flow's products: rows to the partition's sides, biases, and back
     flow.py         a whole flow in one launch: log-density, forward, inverse, sample
-    flow_rows.py    a tile of rows through all couplings, on the chip, for flow.py;
-    flow_resident.py  the same with all weights on the chip, where they fit;
-    flow_tile.py    which flows it serves; packing.py, their parameters as it reads them
+    flow_rows.py    a tile of rows through all couplings, on the chip, for flow.py
+    flow_resident.py  for flow.py, too: the same with all weights on the chip, where they fit
+    flow_tile.py    which flows they serve; packing.py, their parameters as they read them
     product.py      matrix products; activation.py, the conditioners' activations; prior.py, the
                     priors' formulas: for those above
     tile.py         which tile a shape and dtype get; launch.py, what surrounds a launch

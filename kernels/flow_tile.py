@@ -53,15 +53,10 @@ ROWS |= dict.fromkeys(
 )
 ROWS["sm_103"] = ROWS["sm_100"]
 ARCHS = tuple(ROWS)
-# Weights stay on the chip of flows that have at most so many couplings, hidden layers of a
-# conditioner and features of context, and sides of at most the width of RESIDENT, by hidden.
-RESIDENT_COUPLINGS, RESIDENT_LAYERS, RESIDENT_CONTEXT = 4, 2, 16
-RESIDENT_SIDES = (16, 32)
-RESIDENT = {
-    arch: {"bf16": {32: 32, 64: 32}, "tf32": {32: 32}} for arch in ARCHS if arch.startswith("sm_")
-}
-RESIDENT["sm_90"] = {"bf16": {32: 32, 64: 16}, "tf32": {32: 32}}
-RESIDENT["sm_100"] = RESIDENT["sm_103"] = {"bf16": {32: 32, 64: 16}, "tf32": {32: 16}}
+# Weights stay on the chip, on NVIDIA's GPUs, of flows that have at most so many couplings, hidden
+# layers of a conditioner, features of context and of each side, and by precision, hidden units.
+RESIDENT_COUPLINGS, RESIDENT_LAYERS, RESIDENT_CONTEXT, RESIDENT_SIDE = 4, 2, 16, 16
+RESIDENT_HIDDEN = {"bf16": 64, "tf32": 32, "fp32": 0}
 
 
 class Side(NamedTuple):
@@ -73,7 +68,11 @@ class Side(NamedTuple):
 
 
 class FlowShape(NamedTuple):
-    """Everything a whole-flow kernel is compiled for, but the precision and the tile."""
+    """Everything a whole-flow kernel is compiled for, but the precision and the tile.
+
+    ``sides`` are those of the couplings' one partition, and ``reads`` says which of them each
+    coupling conditions on. Where they are not said, no weights stay on the chip.
+    """
 
     features: int
     context: int
@@ -198,19 +197,18 @@ def flow_tile(shape: FlowShape, precision: str, arch: str) -> FlowTile | str:
 
 def resident_tile(shape: FlowShape, precision: str, arch: str) -> ResidentTile | None:
     """The tile of the kernel that keeps every weight on the chip, where they fit."""
-    size = max((side.size for side in shape.sides), default=RESIDENT_SIDES[-1] + 1)
-    half = next((b for b in RESIDENT_SIDES if b >= size), None)
-    hidden = next(b for b in HIDDEN if b >= max(shape.hidden))
     if (
-        half is None
-        or half > RESIDENT.get(arch, {}).get(precision, {}).get(hidden, 0)
+        not (shape.sides and arch.startswith("sm_"))
+        or max(side.size for side in shape.sides) > RESIDENT_SIDE
+        or max(shape.hidden) > RESIDENT_HIDDEN[precision]
         or shape.couplings > RESIDENT_COUPLINGS
         or len(shape.hidden) > RESIDENT_LAYERS
         or shape.context > RESIDENT_CONTEXT
     ):
         return None
+    hidden = next(b for b in HIDDEN if b >= max(shape.hidden))
     return ResidentTile(
-        rows=64, warps=4, half=half, hidden=hidden,
+        rows=64, warps=4, half=RESIDENT_SIDE, hidden=hidden,
         context=RESIDENT_CONTEXT if shape.context else 0, products=PRODUCTS[precision],
         registers=255, programs=2, halves=arch not in ("sm_100", "sm_103"),
     )  # fmt: skip

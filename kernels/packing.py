@@ -9,6 +9,7 @@ to DP and HP, and each weight in one or two parts that add up to it,
     bias    [L, K * HP + DP]            float32, with the opposite sign
     sides   [L, DP]                     int32: 1 conditioning or context, 2 shifted, 0 padding
 
+The kernel that keeps all weights on the chip reads them as :func:`lay_out_resident` says.
 Weights are [out, in] as in ``nn.Linear``: the inner dimension of a product is contiguous, as
 TF32 wants it. Every activation maps 0 to 0, so padded hidden units stay 0.
 """
@@ -91,7 +92,7 @@ def lay_out(
 ) -> Layout:
     """The layout on the device of ``conditioning[l]`` and ``shifted[l]``, indices of features."""
     if isinstance(tile, ResidentTile):
-        return _lay_out_resident(shape, conditioning, shifted, tile)
+        return lay_out_resident(shape, conditioning, shifted, tile)
     dp, hp = tile.features, tile.hidden
     device, start = conditioning[0].device, 1
     context = torch.arange(shape.features, shape.features + shape.context, device=device)
@@ -121,11 +122,14 @@ def lay_out(
     return Layout(none, source, shapes, tile.products, torch.stack(sides))
 
 
-def _lay_out_resident(
+def lay_out_resident(
     shape: FlowShape, conditioning: Tensors, shifted: Tensors, tile: ResidentTile
 ) -> Layout:
-    """Of each coupling w_in [HP, HALF + CP], w_mid [K - 1, HP, HP] and w_out [HALF, HP], and of the
-    sides the features [2, HALF]; a side has its features in its first columns."""
+    """Of each coupling w_in [HP, HALF + CP], w_mid [K - 1, HP, HP] and w_out [HALF, HP], one after
+    the other, and its biases [K * HP + HALF]; then the features [2, HALF] of both sides.
+
+    A side has its features in its first columns.
+    """
     half, hp, device, start = tile.half, tile.hidden, conditioning[0].device, 1
     weights, bias = [], []
     for i_x, others in zip(conditioning, shifted, strict=True):

@@ -106,10 +106,10 @@ def test_weights_stay_on_the_chip_of_small_flows_alone():
     for arch in ARCHS:
         tile = flow_tile(small, "bf16", arch)
         assert isinstance(tile, flow_tile_module.ResidentTile) == (arch != "gfx942")
-    wide = (flow_tile_module.Side(33, 0, 1), flow_tile_module.Side(3, 33, 1))
+    wide = (flow_tile_module.Side(17, 0, 1), flow_tile_module.Side(3, 17, 1))
     for change in (
         {"couplings": 5, "reads": (0, 1, 0, 1, 0)}, {"hidden": (8,) * 3}, {"hidden": (65,)},
-        {"context": 17}, {"sides": wide, "features": 36}, {"sides": (), "reads": ()},
+        {"context": 17}, {"sides": wide, "features": 20}, {"sides": (), "reads": ()},
     ):  # fmt: skip
         assert isinstance(flow_tile(small._replace(**change), "bf16", "sm_90"), FlowTile)
     assert isinstance(flow_tile(small, "fp32", "sm_90"), FlowTile)
