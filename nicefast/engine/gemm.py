@@ -150,8 +150,19 @@ class GemmEngine(RowEngine):
         sign = -1 if inverse else 1
         if h.dtype == x2.dtype:
             x2.addmm_(h, last.t(), alpha=sign)
+        elif gives_float32(x2.device):  # the shift is not rounded to bfloat16 before it is added
+            x2.add_(torch.mm(h, last.t(), out_dtype=x2.dtype), alpha=sign)
         else:
             x2.add_(torch.mm(h, last.t()), alpha=sign)
+
+
+def gives_float32(device: torch.device) -> bool:
+    """Whether PyTorch's product of bfloat16 matrices can be float32 there: cuBLAS's alone can.
+
+    >>> gives_float32(torch.device("cpu"))
+    False
+    """
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def gives_numbers(stack: CouplingStack) -> bool:

@@ -90,6 +90,27 @@ def test_bfloat16_operands(triton_backend, device):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_shift_of_bfloat16_operands_is_not_rounded(triton_backend, device, monkeypatch, inverse):
+    """Where PyTorch's product can be float32; elsewhere a stand-in for that product is."""
+    model = make(6, hidden=(16,), couplings=1, partition="half", device=device)
+    model.couplings[0].conditioner.linears[-1].bias.zero_()
+    x = torch.randn(50, 6, device=device)
+    x[:, 3:] = 0  # then the result is the shift
+    engine, real = gemm(model, x, torch.bfloat16), torch.mm
+    if device.type == "cpu":
+        assert not rounded(engine.couple(x, None, inverse)[:, 3:])
+        monkeypatch.setattr("nicefast.engine.gemm.gives_float32", lambda _: True)
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: real(a.to(out_dtype), b.float()))
+    assert rounded(engine.couple(x, None, inverse)[:, 3:])
+
+
+def rounded(shift):
+    """Whether bfloat16 would round it."""
+    return not torch.equal(shift.bfloat16().float(), shift)
+
+
+@torch.no_grad()
 def test_signed_zeros_and_nan_stay_where_they_are(triton_backend, device):
     model = make(6, hidden=(8,), couplings=1, partition="half", device=device)
     x = torch.full((3, 6), -0.0, device=device)
