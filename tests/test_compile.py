@@ -165,9 +165,17 @@ def test_cases_cover_every_variant_on_every_architecture(kernel):
 
 
 def test_every_kernel_in_the_package_is_checked():
-    from nicefast.kernels import coupling, dequantise, flow, likelihood, sampling, sides
+    from nicefast.kernels import (
+        coupling,
+        dequantise,
+        flow,
+        flow_resident,
+        likelihood,
+        sampling,
+        sides,
+    )
 
-    modules = (coupling, likelihood, sampling, dequantise, flow, sides)
+    modules = (coupling, likelihood, sampling, dequantise, flow, flow_resident, sides)
     kernels = {name for m in modules for name in vars(m) if name.endswith("_kernel")}
     assert kernels == {*KERNELS, *FLOW_KERNELS}
 
