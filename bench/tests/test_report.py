@@ -339,7 +339,9 @@ def test_the_readme_s_table_is_made_of_the_committed_measurements():
     found = sorted((root / "bench" / "results").glob("*/default.jsonl"))
     assert found
     readme = set((root / "README.md").read_text().splitlines())
-    tables = (report.headline, report.without_compile, report.across)
+    tables = (
+        report.headline, report.without_compile, report.across, report.small_batches
+    )  # fmt: skip
     complete = []
     for path in found:
         measured = records.read([path])

@@ -40,7 +40,7 @@ def arch():
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
-# those with and without exact zeros; the others take long in the interpreter, and --all has them
+# relu gives exact zeros and gelu does not; the others take long, and --all has them
 FEW = [
     a if a in ("relu", "gelu") else pytest.param(a, marks=pytest.mark.long) for a in R.ACTIVATIONS
 ]

@@ -4,7 +4,6 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytest.importorskip("safetensors", reason="needs safetensors")
@@ -13,14 +12,6 @@ from nicefast.sklearn import NICEClassifier
 from nicefast.sklearn.calibration import temperature
 
 QUICK = {"hidden": (8,), "couplings": 2, "epochs": 3, "random_state": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of such small products
-    yield
-    torch.set_num_threads(before)
 
 
 def two_classes(n=(90, 30), seed=0, apart=1.5, columns=3):

@@ -4,7 +4,6 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytest.importorskip("safetensors", reason="needs safetensors")
@@ -16,14 +15,6 @@ from nicefast.sklearn import NICEDensity, NICEOutlierDetector
 from nicefast.sklearn.outliers import below, fence
 
 QUICK = {"hidden": (8,), "couplings": 2, "epochs": 8, "random_state": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of such small products
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytest.importorskip("safetensors", reason="needs safetensors")
@@ -14,14 +13,6 @@ from nicefast.sklearn import NICEClassifier, NICEDensity
 from nicefast.sklearn.fitted import fit_flow
 
 QUICK = {"hidden": (8,), "couplings": 2, "epochs": 4, "random_state": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of such small products
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(n, seed=0, columns=3):

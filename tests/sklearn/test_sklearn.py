@@ -39,14 +39,6 @@ EXCLUDED: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of such small products
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def iris():
     return load_iris(return_X_y=True)

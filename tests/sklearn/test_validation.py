@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytest.importorskip("safetensors", reason="needs safetensors")
@@ -15,14 +14,6 @@ from sklearn.preprocessing import StandardScaler
 from nicefast.sklearn import NICEClassifier, NICEDensity, NICEOutlierDetector
 
 QUICK = {"hidden": (8,), "couplings": 2, "epochs": 3, "random_state": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of such small products
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
